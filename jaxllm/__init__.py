@@ -1,0 +1,1 @@
+"""jaxllm: train large language models in JAX on any layout of devices."""

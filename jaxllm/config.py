@@ -1,0 +1,58 @@
+"""Config groups. Each room declares its own group as a frozen dataclass; this file reads one from a mapping.
+
+The dataclass is the one place where a field's name, default and meaning are written.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from jaxllm.errors import UserError, did_you_mean
+
+Group = TypeVar("Group")
+
+
+def defaults(group: type) -> dict[str, Any]:
+    """The fields of a config dataclass with their default values, ready for an `ml_collections.ConfigDict`."""
+    return {f.name: getattr(group(), f.name) for f in dataclasses.fields(group)}
+
+
+def read_group(group: type[Group], values: Mapping[str, Any], name: str) -> Group:
+    """Builds the dataclass `group` from `values`, the part `config.<name>` of a config.
+
+    Raises:
+      UserError: an unknown field, or a value whose type is not that of the default.
+    """
+    known = defaults(group)
+    for field, value in values.items():
+        if field not in known:
+            raise UserError(f"config.{name}.{field} is not a field. {did_you_mean(field, known)}")
+        if not _fits(value, known[field]):
+            expected = type(known[field]).__name__
+            raise UserError(f"config.{name}.{field}={value!r} is a {type(value).__name__}, but must be a {expected}.")
+    return group(**{field: _like(value, known[field]) for field, value in values.items()})
+
+
+def _fits(value: Any, default: Any) -> bool:
+    if isinstance(default, Mapping):
+        return isinstance(value, Mapping)
+    if isinstance(default, tuple):
+        return isinstance(value, (tuple, list))
+    if isinstance(default, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    return isinstance(value, type(default))
+
+
+def _like(value: Any, default: Any) -> Any:
+    if isinstance(default, float):
+        return float(value)
+    return tuple(value) if isinstance(default, tuple) else value
+
+
+def one_of(name: str, value: str, choices: Mapping[str, Any] | tuple[str, ...]) -> str:
+    """Returns `value` where it is one of `choices`; else raises a UserError that offers the nearest one."""
+    if value not in choices:
+        raise UserError(f"{name}={value!r} is unknown. {did_you_mean(value, choices)}")
+    return value

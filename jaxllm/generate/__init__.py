@@ -1,0 +1,1 @@
+"""Generation: KV cache, sampling and the engine that runs them."""

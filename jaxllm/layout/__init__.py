@@ -1,0 +1,1 @@
+"""Layouts: the mesh, the table from logical to mesh axes, ZeRO. Knows no model."""

@@ -1,0 +1,1 @@
+"""The model, written once: it knows logical axis names and no places."""

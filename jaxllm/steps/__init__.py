@@ -1,0 +1,1 @@
+"""Train steps: a step is a loss and what it trains, one file each."""

@@ -1,0 +1,1 @@
+"""Training: state, optimizer, precision, the loop, checkpoints and metrics."""
