@@ -1,0 +1,28 @@
+"""The two config groups of a layout: `config.mesh.*` and `config.layout.*`."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis, outermost first. One of them may be -1: "the rest"."""
+
+    pipeline: int = 1  # layers into stages; over the slow network
+    replica: int = 1  # the batch; state copied (data parallelism across islands, HSDP)
+    data: int = -1  # the batch; state too from ZeRO 1 on
+    expert: int = 1  # experts, and the batch outside them
+    context: int = 1  # the sequence inside attention
+    model: int = 1  # heads, mlp, vocab (tensor parallelism); innermost, over NVLink
+
+
+@dataclass(frozen=True)
+class LayoutConfig:
+    """How the work is laid on the mesh."""
+
+    rules: str = "megatron"  # a named rule set of layout/rules.py
+    rule_overrides: str = ""  # rows put over it: "mlp=data,vocab=none,heads=model+data"
+    sequence_parallel: bool = False  # between blocks the sequence is split over `model` too
+    zero_stage: int = 1  # 0 to 3: when the weights are gathered, see layout/zero.py
+    num_microbatches: int = 1  # gradient accumulation: microbatches a step
+    remat: str = "none"  # what the backward pass recomputes: none | selective | full
+    scan_layers: bool = True  # one compiled layer looped; False unrolls (about 1.3 times as fast on CPU)

@@ -1,0 +1,79 @@
+"""The device mesh: six named axes, sizes from flags, `model` innermost so that it stays inside a node."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from jaxllm.errors import UserError
+from jaxllm.layout.config import MeshConfig
+
+AXES = tuple(f.name for f in dataclasses.fields(MeshConfig))
+
+
+def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
+    """Resolves the sizes of `config` for `num_devices`, filling in the one that is -1.
+
+    Raises:
+      UserError: a size below 1, two sizes of -1, or a product that is not the number of devices.
+    """
+    sizes = dataclasses.asdict(config)
+    for axis, size in sizes.items():
+        if size < 1 and size != -1:
+            raise UserError(f"config.mesh.{axis}={size} must be 1 or more, or -1 for 'the rest'.")
+    rest = [axis for axis, size in sizes.items() if size == -1]
+    if len(rest) > 1:
+        raise UserError(
+            f"config.mesh: only one axis may be -1 ('the rest'), not {' and '.join(rest)}. "
+            f"Give config.mesh.{rest[-1]} a size."
+        )
+    given = math.prod(size for size in sizes.values() if size != -1)
+    written = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"
+    if rest:
+        if num_devices % given:
+            raise UserError(
+                f"config.mesh: {written} = {given} does not divide the {num_devices} devices, "
+                f"so {rest[0]}=-1 has no size. {_nearest(sizes, num_devices)}"
+            )
+        sizes[rest[0]] = num_devices // given
+    elif given != num_devices:
+        raise UserError(
+            f"config.mesh: {written} = {given} devices, but there are {num_devices}. {_nearest(sizes, num_devices)}"
+        )
+    return sizes
+
+
+def _nearest(sizes: dict[str, int], num_devices: int) -> str:
+    """The way out: the largest sizes at or below those asked for that divide the devices; `data` takes the rest."""
+    fitted, left = {}, num_devices
+    for axis in ("model", "context", "expert", "replica", "pipeline"):
+        size = max(d for d in range(1, max(sizes[axis], 1) + 1) if left % d == 0)
+        fitted[axis], left = size, left // size
+    flags = [f"--config.mesh.{axis}={fitted[axis]}" for axis in AXES if axis != "data" and sizes[axis] != 1]
+    return "Nearest mesh that fits: " + " ".join([f"--config.mesh.data={left}", *flags])
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices` (default: all), nodes outermost.
+
+    Devices are taken in the order (process, device id), so each axis is as near as the axes inside it allow: with
+    `model` x `context` x ... up to the devices of a node, those axes never leave the node, and the outer axes cross
+    the network. That is the hybrid mesh of a cluster whose nodes are all-to-all inside (NVLink).
+
+    Raises:
+      UserError: sizes that do not fit the devices, or `model` spread unevenly over nodes.
+    """
+    devices = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
+    shape = mesh_shape(config, len(devices))
+    nodes = len({d.process_index for d in devices})
+    a_node = len(devices) // nodes
+    if a_node % shape["model"] and shape["model"] % a_node:
+        raise UserError(
+            f"config.mesh.model={shape['model']} would straddle nodes of {a_node} devices unevenly. "
+            f"Choose a divisor of {a_node}."
+        )
+    grid = np.array(devices).reshape(tuple(shape[axis] for axis in AXES))
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
