@@ -26,3 +26,4 @@ class LayoutConfig:
     num_microbatches: int = 1  # gradient accumulation: microbatches a step
     remat: str = "none"  # what the backward pass recomputes: none | selective | full
     scan_layers: bool = True  # one compiled layer looped; False unrolls (about 1.3 times as fast on CPU)
+    attention: str = "auto"  # auto | xla | cudnn: the attention backend; see model/attention.py

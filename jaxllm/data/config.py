@@ -1,0 +1,19 @@
+"""The config group `config.data.*`."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes batches."""
+
+    source: str = "text"  # text | jsonl | parquet | arrayrecord | tfds:name/config:split | mixture
+    path: str = ""  # files, globs or folders, joined by commas; of a mixture: "text:a.txt=0.7,jsonl:b.jsonl.gz=0.3"
+    field: str = "text"  # the field of a record (jsonl, parquet, tfds, arrayrecord) that holds the text
+    tokenizer: str = "bpe:8000"  # a .model file or a folder with one; "bpe:N" or "unigram:N" trains one of N pieces
+    held_out: str = "0.01"  # for evaluation: a fraction, "file:PATH", or a text from whose first occurrence on; "" none
+    length: int = 0  # tokens a sequence; 0: config.model.max_length
+    batch_size: int = 32  # sequences a step, over all devices
+    packing: str = "concat"  # concat: documents end to end, cut anywhere | best_fit: whole where they fit, padded
+    shuffle: bool = True  # a global shuffle, a function of config.seed alone
+    cache: str = ""  # folder of the token shards; "": $JAXLLM_CACHE or ~/.cache/jaxllm
