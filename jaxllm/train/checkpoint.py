@@ -335,7 +335,7 @@ def _write_failure(error: BaseException) -> str | None:
 def _hush_closed_loops() -> None:
     """After a failed read or write, those beside it report to Orbax's closed event loop: no news for anybody."""
     previous = sys.unraisablehook
-    if previous.__name__ == "without_closed_loops":
+    if getattr(previous, "__name__", "") == "without_closed_loops":
         return
 
     def without_closed_loops(unraisable: Any) -> None:
