@@ -106,8 +106,8 @@ class SentencePieceTokenizer(Tokenizer):
         controls = [i for i in range(self.vocab_size) if processor.is_control(i)]
         self.specials = {processor.id_to_piece(i): i for i in controls}
         self._bytes = [_piece_bytes(processor, i) for i in range(self.vocab_size)]
-        # Models that put a space in front (Llama 2) or rewrite spaces are given whole texts, as their authors did.
-        self._in_chunks = processor.encode("a b\n  c") == sum(map(processor.encode, ("a b\n", "  c")), [])
+        # A model that puts a space in front of every text (Llama 2) must be given whole texts.
+        self._puts_space = processor.id_to_piece(processor.encode("a")[0]).startswith(SPACE)
         self._space = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         if any(processor.is_unknown(i) for i in self._space):
             self._space = []
@@ -119,7 +119,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _chunks(self, text: str) -> Iterator[str]:
         """Pieces of `text` to encode one by one. A literal U+2581, which sentencepiece takes for a space, is one."""
-        if not self._in_chunks:
+        if self._puts_space:
             yield text
             return
         for part in re.split(f"({SPACE})", text) if self._space and SPACE in text else [text]:
@@ -135,7 +135,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, tokens: Iterable[int]) -> str:
         text = super().decode(tokens)
-        return text if self._in_chunks else text.removeprefix(" ")
+        return text.removeprefix(" ") if self._puts_space else text
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         path = Path(folder)

@@ -44,7 +44,7 @@ def train_tokenizer(
     """Learns `vocab_size` pieces from `texts`; the same texts give the same model.
 
     Args:
-      texts: documents. Beyond `sample_bytes` of UTF-8 an even sample of passages of about a thousand characters is used.
+      texts: documents. Of more than `sample_bytes` of UTF-8 an even sample of passages (a thousand characters) is used.
       kind: "bpe" or "unigram".
       vocab_size: pieces in all, with the 4 + `specials` special tokens and the 256 bytes.
       specials: names of further special tokens, ids from 4 on.
@@ -95,9 +95,8 @@ def train_tokenizer(
 def _sample(texts: Iterable[str], sample_bytes: int) -> list[str]:
     """All passages, or an even sample of `sample_bytes` of them (reservoir sampling, fixed seed)."""
     kept: list[str] = []
-    size, seen, rng = 0, 0, random.Random(0)
-    for passage in (passage for text in texts for passage in _passages(text)):
-        seen += 1
+    size, rng = 0, random.Random(0)
+    for seen, passage in enumerate((p for text in texts for p in _passages(text)), start=1):
         if size < sample_bytes:
             kept.append(passage)
             size += len(passage.encode())
