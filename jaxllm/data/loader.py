@@ -5,8 +5,10 @@ order and reads only the rows its own devices hold. So a position is one number,
 on any number of processes, under any layout.
 """
 
+import functools
 import hashlib
 import sys
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -132,38 +134,48 @@ def _does_not_divide(sharding: NamedSharding, shape: tuple[int, int]) -> Excepti
     return ValueError(f"{shape} does not fit {sharding}")
 
 
-def device_batches(
-    rows: grain.MapDataset[Batch],
-    sharding: NamedSharding,
-    *,
-    batch_size: int,
-    length: int,
-    first: int = 0,
-    batches: int = sys.maxsize,
-) -> grain.DatasetIterator[Batch]:
-    """Global batches from row `first` on, read by threads and copied to the devices ahead of their use."""
-    shape = (batch_size, length)
-    local = local_rows(sharding, shape)
-    place = {int(row): i for i, row in enumerate(local)}
+class DeviceBatches(Iterator[Batch]):
+    """Global batches of `rows` from row `first` on, read by threads and copied to the devices ahead of their use."""
 
-    def to_devices(batch: Batch) -> Batch:
-        def part(leaf: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(batch_size)
-            return leaf[place[start] : place[stop - 1] + 1, index[1]]
+    def __init__(
+        self,
+        rows: grain.MapDataset[Batch],
+        sharding: NamedSharding,
+        *,
+        batch_size: int,
+        length: int,
+        first: int = 0,
+        batches: int = sys.maxsize,
+    ):
+        self._sharding, self._shape = sharding, (batch_size, length)
+        local = local_rows(sharding, self._shape)
+        host = LocalBatches(rows, batch_size, local.tolist(), first=first, batches=batches)
+        options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=HOST_BATCHES)
+        placed = host.to_iter_dataset(options).map(functools.partial(_to_devices, sharding, self._shape, local))
+        ahead = grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=DEVICE_BATCHES)
+        self._reading = [iter(ahead)]
+        # Also at exit, and the reference goes with it: grain's own destructor fails once modules are torn down.
+        self.close = weakref.finalize(self, _stop, self._reading)
 
-        return Batch(
-            *(
-                jax.make_array_from_callback(shape, sharding, lambda index, leaf=leaf: part(leaf, index))
-                for leaf in batch
-            )
-        )
+    def __next__(self) -> Batch:
+        if not self._reading:
+            raise StopIteration
+        return next(self._reading[0])
 
-    host = LocalBatches(rows, batch_size, local.tolist(), first=first, batches=batches)
-    options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=HOST_BATCHES)
-    ahead = grain.experimental.ThreadPrefetchIterDataset(
-        host.to_iter_dataset(options).map(to_devices), prefetch_buffer_size=DEVICE_BATCHES
-    )
-    return iter(ahead)
+
+def _stop(reading: list[grain.DatasetIterator[Batch]]) -> None:
+    reading.pop().close()
+
+
+def _to_devices(sharding: NamedSharding, shape: tuple[int, int], local: Int[np.ndarray, " rows"], host: Batch) -> Batch:
+    """Global arrays of `shape` out of the rows `local` of them, which are the rows of `host`."""
+
+    def part(leaf: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(shape[0])
+        first = int(np.searchsorted(local, start))
+        return leaf[first : first + stop - start, index[1]]
+
+    return Batch(*(jax.make_array_from_callback(shape, sharding, functools.partial(part, leaf)) for leaf in host))
 
 
 class TrainLoader:
@@ -185,7 +197,7 @@ class TrainLoader:
         self._rows, self._sharding, self._batch_size, self._length = rows, sharding, batch_size, length
         self._identity = dict(identity)
         self._position = 0
-        self._batches: grain.DatasetIterator[Batch] | None = None
+        self._batches: DeviceBatches | None = None
         local_rows(sharding, (batch_size, length))  # say now what does not divide
 
     def __iter__(self) -> Iterator[Batch]:
@@ -193,7 +205,7 @@ class TrainLoader:
 
     def __next__(self) -> Batch:
         if self._batches is None:
-            self._batches = device_batches(
+            self._batches = DeviceBatches(
                 self._rows, self._sharding, batch_size=self._batch_size, length=self._length, first=self._position
             )
         batch = next(self._batches)
