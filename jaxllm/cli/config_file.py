@@ -1,5 +1,6 @@
 """Reads an experiment's config file and lays the command line's overrides over it."""
 
+import re
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxllm.config import defaults
 from jaxllm.errors import UserError, did_you_mean
-from jaxllm.train.config import Config, base_config, read_config
+from jaxllm.train.config import GROUPS, Config, base_config, read_config
 
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
@@ -128,12 +130,16 @@ def _assign(holder: ConfigDict, field: str, value: Any, name: str = "") -> None:
 
 def _where(source: Path, error: Exception) -> str:
     """file:line of an error raised by a config file: the deepest line that is the file's own."""
-    text = (str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)).splitlines()
-    message = f"{type(error).__name__}: {' '.join(text[:1] + text[-1:] if len(text) > 1 else text)}"
-    if isinstance(error, SyntaxError) and error.filename == str(source):
-        return f"--config {source}:{error.lineno}: {message}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(source)]
-    return f"--config {source}:{lines[-1]}: {message}" if lines else f"--config {source}: {message}"
+    if isinstance(error, SyntaxError) and error.filename == str(source):
+        lines = [error.lineno]
+    place = f"--config {source}:{lines[-1]}" if lines else f"--config {source}"
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    unknown = re.match(r'Key "(\w+)" does not exist and cannot be added', text)  # the words of a locked ConfigDict
+    if unknown:
+        fields = {field for group in GROUPS.values() for field in defaults(group)} | set(base_config())
+        return f"{place}: '{unknown[1]}' is not a field. {did_you_mean(unknown[1], fields)}"
+    return f"{place}: {type(error).__name__}: {' '.join(text.split())}"
 
 
 def _configs_beside(source: Path) -> str:

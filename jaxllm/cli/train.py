@@ -35,8 +35,9 @@ def main(argv: list[str]) -> int:
     distributed.initialize(options)
     import jax  # after the config is read: a mistake in it is answered at once
 
-    from jaxllm.train import loop
     from jaxllm.train.checks import check
 
     check(config, jax.device_count())
+    from jaxllm.train import loop
+
     return loop.train(config, workdir)

@@ -71,8 +71,7 @@ def test_missing_config_file(experiment, capsys):
 def test_config_file_with_an_error(experiment, capsys):
     experiment.write_text(FILE.replace("num_layers", "layers"))
     said = mistake(["train", f"--config={experiment}", "--workdir=x"], capsys)
-    assert f"{experiment}:6: KeyError" in said
-    assert "layers" in said
+    assert f"{experiment}:6: 'layers' is not a field. Did you mean 'num_layers'?" in said
 
 
 FIELDS = {
@@ -134,7 +133,7 @@ LAYOUTS = {  # on 8 devices
     ),
     "batch and microbatches": (
         "layout.num_microbatches=3",
-        "batch_size=16 is not divisible by config.mesh.data=8 x config.layout.num_microbatches=3. Nearest: batch_size=24.",
+        "not divisible by config.mesh.data=8 x config.layout.num_microbatches=3. Nearest: batch_size=24.",
     ),
     "length and sequence parallelism": (
         "mesh.model=4 --config.layout.sequence_parallel --config.data.length=10",

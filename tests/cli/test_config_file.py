@@ -101,7 +101,10 @@ def test_override_mistakes(file, overrides, says):
         ("def get_config():\n    return 1 / 0\n", ":2: ZeroDivisionError: division by zero"),
         ("def config():\n    pass\n", "has no function get_config()"),
         ("def get_config():\n    return 3\n", "get_config() returned 3"),
-        (FILE.replace("num_layers=int(size)", "num_layer=2"), "num_layer"),
+        (
+            FILE.replace("num_layers=int(size)", "num_layer=2"),
+            ":6: 'num_layer' is not a field. Did you mean 'num_layers'?",
+        ),
         (FILE.replace("num_layers=int(size)", "num_layers='x'"), ":6: TypeError"),
         ("def get_config():\n    return {'mesh': {'modle': 2}}\n", "Did you mean 'config.mesh.model'?"),
         ("def get_config():\n    return {'mesh': {'model': 'x'}}\n", "config.mesh.model='x' must be a whole number"),
