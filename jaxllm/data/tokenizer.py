@@ -1,0 +1,186 @@
+"""Text to token ids and back, exactly: newlines, runs of spaces and indentation survive.
+
+`Tokenizer` is what the rest of the package knows. sentencepiece is behind it today; another backend implements the
+abstract methods and is opened in `load_tokenizer`.
+"""
+
+import abc
+import codecs
+import functools
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from jaxllm.errors import UserError
+
+MODEL_FILE = "tokenizer.model"
+SPACE = "\u2581"  # how sentencepiece writes a space inside a piece
+CHUNK = 1 << 16  # characters encoded at once; a longer text is cut at a line end
+UNKNOWN = "\ufffd".encode()
+
+
+class Tokenizer(abc.ABC):
+    """Token ids of texts. `bos_id`, `eos_id`, `pad_id` are None where the tokenizer has no such token."""
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    fingerprint: str  # hash of everything the ids depend on
+    specials: Mapping[str, int]  # tokens that stand for no text of their own, by name: <s>, </s>, <|user|>, …
+
+    @abc.abstractmethod
+    def encode_batch(self, texts: Sequence[str], *, num_threads: int | None = None) -> list[list[int]]:
+        """The ids of each text, special tokens never recognised in it; threads in C++, default one a core."""
+
+    @abc.abstractmethod
+    def token_bytes(self, token: int) -> bytes:
+        """The UTF-8 bytes a token stands for (a part of a character at worst); none for a special token."""
+
+    @abc.abstractmethod
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the tokenizer into `folder`, from which `load_tokenizer` opens it."""
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """The ids of `text`, without bos or eos.
+
+        With `special`, names of special tokens in the text become those tokens (for templates the program wrote
+        itself); without, they are text like any other, so that no document can forge one.
+        """
+        if not special or not self.specials:
+            return self.encode_batch([text], num_threads=1)[0]
+        parts = self._special_pattern.split(text)
+        ids = iter(self.encode_batch(parts[::2], num_threads=1))
+        return [token for i, part in enumerate(parts) for token in (next(ids) if i % 2 == 0 else [self.specials[part]])]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of `tokens`; special tokens are left out, bytes that are no UTF-8 become U+FFFD."""
+        return b"".join(map(self.token_bytes, tokens)).decode("utf-8", "replace")
+
+    def stream(self) -> "TextStream":
+        """Decodes tokens one by one, as they are generated."""
+        return TextStream(self)
+
+    @functools.cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        names = sorted(self.specials, key=len, reverse=True)
+        return re.compile("(" + "|".join(map(re.escape, names)) + ")")
+
+
+class TextStream:
+    """Decodes a growing sequence; a character whose bytes come in several tokens is held back until it is whole."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """The text that is certain now that `token` has come; often empty inside a character."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token))
+
+    def flush(self) -> str:
+        """The rest: U+FFFD where the sequence ended inside a character. The stream then starts anew."""
+        rest = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return rest
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model, as trained by `jaxllm.data.tokenizer_training` or by anyone else.
+
+    A foreign model may change the text (NFKC, a space in front); then decoding gives the changed text.
+    """
+
+    def __init__(self, model: bytes):
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self._model, self._processor = model, processor
+        self.vocab_size = processor.vocab_size()
+        self.bos_id = _given(processor.bos_id())
+        self.eos_id = _given(processor.eos_id())
+        self.pad_id = _given(processor.pad_id())
+        self.fingerprint = hashlib.sha256(model).hexdigest()
+        controls = [i for i in range(self.vocab_size) if processor.is_control(i)]
+        self.specials = {processor.id_to_piece(i): i for i in controls}
+        self._bytes = [_piece_bytes(processor, i) for i in range(self.vocab_size)]
+        # A model that puts a space in front of every text (Llama 2) must be given whole texts.
+        self._puts_space = processor.id_to_piece(processor.encode("a")[0]).startswith(SPACE)
+        self._space = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        if any(processor.is_unknown(i) for i in self._space):
+            self._space = []
+
+    def encode_batch(self, texts: Sequence[str], *, num_threads: int | None = None) -> list[list[int]]:
+        chunks = [list(self._chunks(text)) for text in texts]
+        flat = iter(self._processor.encode([c for parts in chunks for c in parts], num_threads=num_threads or -1))
+        return [_join((next(flat) for _ in parts), parts, self._space) for parts in chunks]
+
+    def _chunks(self, text: str) -> Iterator[str]:
+        """Pieces of `text` to encode one by one. A literal U+2581, which sentencepiece takes for a space, is one."""
+        if self._puts_space:
+            yield text
+            return
+        for part in re.split(f"({SPACE})", text) if self._space and SPACE in text else [text]:
+            start = 0
+            while len(part) - start > CHUNK:
+                cut = part.rfind("\n", start, start + CHUNK) + 1 or start + CHUNK
+                yield part[start:cut]
+                start = cut
+            yield part[start:]
+
+    def token_bytes(self, token: int) -> bytes:
+        return self._bytes[token]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        text = super().decode(tokens)
+        return text.removeprefix(" ") if self._puts_space else text
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        partial = path / f".{MODEL_FILE}.{os.getpid()}"
+        partial.write_bytes(self._model)
+        partial.replace(path / MODEL_FILE)
+
+
+def _given(token: int) -> int | None:
+    return token if token >= 0 else None
+
+
+def _piece_bytes(processor: sentencepiece.SentencePieceProcessor, token: int) -> bytes:
+    piece = processor.id_to_piece(token)
+    if processor.is_control(token):
+        return b""
+    if processor.is_unknown(token):
+        return UNKNOWN
+    return bytes([int(piece[3:5], 16)]) if processor.is_byte(token) else piece.replace(SPACE, " ").encode()
+
+
+def _join(ids: Iterable[list[int]], parts: Sequence[str], space: list[int]) -> list[int]:
+    joined: list[int] = []
+    for part, part_ids in zip(parts, ids, strict=True):
+        joined += space if space and part == SPACE else part_ids
+    return joined
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Opens a sentencepiece `.model` file, or the one in a folder.
+
+    Raises:
+      UserError: nothing there, a folder with none or several models, or a file that is no sentencepiece model.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        models = [file / MODEL_FILE] if (file / MODEL_FILE).exists() else sorted(file.glob("*.model"))
+        if len(models) != 1:
+            found = ", ".join(m.name for m in models) or "none"
+            raise UserError(f"{path}: a tokenizer folder holds one sentencepiece .model file; found {found}.")
+        file = models[0]
+    if not file.exists():
+        raise UserError(f"{path}: no such tokenizer. Give a sentencepiece .model file, a folder with one, or bpe:N.")
+    try:
+        return SentencePieceTokenizer(file.read_bytes())
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"{file} is not a sentencepiece model, or is broken.") from error
