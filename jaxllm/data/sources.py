@@ -1,0 +1,284 @@
+"""Sources of documents: text, jsonl, parquet, ArrayRecord, tfds. `SOURCES` is the registry; a new kind is one entry.
+
+A source yields its documents in a fixed order, each time it is asked, and raises `UserError` (with file and line or
+record) for anything that is not a document.
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from jaxllm.data import files
+from jaxllm.data.config import DataConfig
+from jaxllm.errors import UserError, did_you_mean
+
+
+class Document(NamedTuple):
+    """A text and where it is from."""
+
+    text: str
+    origin: str  # for messages: "books.jsonl:17"
+    progress: float = 1.0  # part of the source that is read with this document, 0 to 1
+
+
+class Source(Protocol):
+    """Documents that can be read again and again."""
+
+    def documents(self) -> Iterator[Document]: ...
+
+    def identity(self) -> list[Any]:
+        """JSON-able; changes when the documents may have changed."""
+        ...
+
+
+class FileSource:
+    """Files read one after the other by `read(file, field, report) -> documents`."""
+
+    def __init__(self, kind: str, path: str, field: str, suffixes: Sequence[str], read: Callable[..., Iterator]):
+        self.kind, self.field, self._read = kind, field, read
+        self.files = files.find_files(path, suffixes, f"{kind} files")
+        self.path = path
+
+    def documents(self) -> Iterator[Document]:
+        total, before, empty = max(files.total_bytes(self.files), 1), 0, True
+        for file in self.files:
+            for text, origin, position in self._read(file, self.field):
+                empty = empty and not text.strip()
+                if text:
+                    yield Document(text, origin, min((before + position) / total, 1.0))
+            before += file.path.stat().st_size
+        if empty:
+            raise UserError(f"{self.path}: no document: there is no text in it.")
+
+    def identity(self) -> list[Any]:
+        return [self.kind, self.field, files.identity(self.files)]
+
+
+Read = Iterator[tuple[str, str, int]]  # text, origin, bytes of the file read so far
+
+
+def read_text(file: files.InputFile, field: str) -> Read:
+    """The whole file is one document."""
+    with files.Reader(file.path) as reader:
+        data = reader.read()
+        text = files.decode_text(data, str(file.path))
+        if file.named and not text.strip():
+            raise UserError(f"{file.path}: the file is empty.")
+        yield text, str(file.path), reader.position
+
+
+def read_jsonl(file: files.InputFile, field: str) -> Read:
+    """One JSON object a line; blank lines are skipped."""
+    offset, records = 0, 0
+    with files.Reader(file.path) as reader:
+        for number, line in enumerate(reader.lines(), start=1):
+            where = f"{file.path}:{number}"
+            text = files.decode_text(line, where, offset)
+            offset += len(line)
+            if not text.strip():
+                continue
+            try:
+                record = json.loads(text)
+            except (json.JSONDecodeError, RecursionError) as error:
+                what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "too deep"
+                raise UserError(f"{where}: broken JSON: {what}. A jsonl file holds one JSON object a line.") from error
+            records += 1
+            yield text_field(record, field, where), where, reader.position
+    if file.named and not records:
+        raise UserError(f"{file.path}: the file is empty.")
+
+
+def text_field(record: Any, field: str, where: str) -> str:
+    """The text in `record[field]`; UserError where there is none, naming the fields there are."""
+    if not isinstance(record, dict):
+        raise UserError(
+            f"{where}: a {type(record).__name__}, but each record must be an object with the field '{field}'."
+        )
+    if field not in record:
+        raise UserError(
+            f"{where}: no field '{field}'. There are: {', '.join(map(str, record))}. Set config.data.field."
+        )
+    value = record[field]
+    if isinstance(value, bytes):
+        return files.decode_text(value, f"{where}: field '{field}'")
+    if not isinstance(value, str):
+        raise UserError(f"{where}: field '{field}' is a {type(value).__name__}, but must be text.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: field '{field}' holds half a surrogate pair at character {error.start}.") from error
+    return value
+
+
+def read_parquet(file: files.InputFile, field: str) -> Read:
+    """One row a document, from the column `field`."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file.path)
+        names = table.schema_arrow.names
+        if field not in names:
+            raise UserError(f"{file.path}: no column '{field}'. There are: {', '.join(names)}. Set config.data.field.")
+        row, size = 0, file.path.stat().st_size
+        for batch in table.iter_batches(batch_size=1024, columns=[field]):
+            for value in batch.column(0).to_pylist():
+                where = f"{file.path}: row {row}"
+                yield text_field({field: value}, field, where), where, size * (row + 1) // table.metadata.num_rows
+                row += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file.path}: not a parquet file, or a broken one ({_first_line(error)}).") from error
+
+
+def read_arrayrecord(file: files.InputFile, field: str) -> Read:
+    """One record a document: a JSON object with the field `field`, or the text itself where `field` is empty."""
+    import grain
+
+    size = file.path.stat().st_size
+    try:
+        records = grain.sources.ArrayRecordDataSource([str(file.path)])
+        for i in range(len(records)):
+            where, data = f"{file.path}: record {i}", records[i]
+            text = files.decode_text(data, where)
+            if field:
+                try:
+                    text = text_field(json.loads(text), field, where)
+                except json.JSONDecodeError as error:
+                    raise UserError(
+                        f"{where}: no JSON object. For records that are plain text set --config.data.field=''."
+                    ) from error
+            yield text, where, size * (i + 1) // len(records)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"{file.path}: not an ArrayRecord file, or a broken one ({_first_line(error)}).") from error
+
+
+class TfdsSource:
+    """A TensorFlow dataset, read without TensorFlow; prepared as ArrayRecord where it is not there yet."""
+
+    def __init__(self, spec: str, path: str, field: str):
+        name, _, split = spec.partition(":")
+        self.spec, self.split, self.field = spec, split or "train", field
+        if not re.fullmatch(r"\w+(/[\w.\-]+)*", name):
+            raise UserError(f"config.data.source='tfds:{spec}': write tfds:name:split or tfds:name/config:split.")
+        import tensorflow_datasets as tfds
+
+        try:
+            self._builder = tfds.builder(name, data_dir=path or None)
+        except Exception as error:  # tfds raises many kinds; a dataset's own module any
+            raise UserError(f"config.data.source='tfds:{spec}': {_first_line(error)}") from error
+
+    def _records(self) -> Sequence[dict[str, Any]]:
+        builder = self._builder
+        try:
+            if not builder.is_prepared():
+                with contextlib.suppress(AttributeError):
+                    builder.info.set_file_format("array_record", override=True)
+                builder.download_and_prepare(file_format="array_record")
+            return builder.as_data_source(self.split)
+        except Exception as error:
+            raise UserError(
+                f"config.data.source='tfds:{self.spec}' in {builder.data_dir}: {_first_line(error)} "
+                "(it must be prepared as array_record; set config.data.path to its data_dir)"
+            ) from error
+
+    def documents(self) -> Iterator[Document]:
+        records = self._records()
+        if not len(records):
+            raise UserError(f"config.data.source='tfds:{self.spec}': no document: the split is empty.")
+        for i in range(len(records)):
+            where = f"tfds:{self.spec} record {i}"
+            if text := text_field(dict(records[i]), self.field, where):
+                yield Document(text, where, (i + 1) / len(records))
+
+    def identity(self) -> list[Any]:
+        self._records()
+        info = self._builder.info
+        return ["tfds", info.full_name, self.split, self.field, str(self._builder.data_dir), info.dataset_size]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+class Kind(NamedTuple):
+    """How files of a kind are called and read."""
+
+    suffixes: tuple[str, ...]
+    read: Callable[[files.InputFile, str], Read]
+
+
+SOURCES: dict[str, Kind] = {
+    "text": Kind((".txt", ".text"), read_text),
+    "jsonl": Kind((".jsonl", ".ndjson"), read_jsonl),
+    "parquet": Kind((".parquet",), read_parquet),
+    "arrayrecord": Kind((".array_record", ".arrayrecord"), read_arrayrecord),
+}
+
+
+def open_source(kind: str, path: str, field: str = "text") -> Source:
+    """The documents of one source.
+
+    Args:
+      kind: "text", "jsonl", "parquet", "arrayrecord", or "tfds:name/config:split" (then `path` is its data_dir).
+      path: files, globs or folders, joined by commas.
+      field: the field of a record that holds the text.
+
+    Raises:
+      UserError: an unknown kind, or a path where there is nothing.
+    """
+    if kind.startswith("tfds:"):
+        return TfdsSource(kind.removeprefix("tfds:"), path, field)
+    if kind not in SOURCES:
+        raise UserError(
+            f"'{kind}' is no source of data. {did_you_mean(kind, [*SOURCES, 'tfds:name:split', 'mixture'])}"
+        )
+    return FileSource(kind, path, field, SOURCES[kind].suffixes, SOURCES[kind].read)
+
+
+def kind_of(path: str) -> str:
+    """The kind of the files `path` by their name: that of the suffix, else "text"."""
+    name = path.removesuffix(".gz").removesuffix(".zst")
+    return next((kind for kind, known in SOURCES.items() if name.endswith(known.suffixes)), "text")
+
+
+class Component(NamedTuple):
+    """A source and its weight: its part of the rows that are trained on."""
+
+    source: Source
+    weight: float
+
+
+def open_components(config: DataConfig) -> list[Component]:
+    """The sources of `config`: one, or those of a mixture.
+
+    Raises:
+      UserError: as `open_source`; a mixture that cannot be read, or weights that are not positive numbers.
+    """
+    if config.source != "mixture":
+        return [Component(open_source(config.source, config.path, config.field), 1.0)]
+    example = "text:a.txt=0.7,jsonl:b.jsonl.gz=0.3"
+    parts = re.findall(r"\s*(.+?)=([^=,]*)(?:,|$)", config.path)
+    if not parts or ",".join(f"{spec}={weight}" for spec, weight in parts) != config.path.replace(", ", ","):
+        raise UserError(f"config.data.path={config.path!r} is no mixture. Write kind:path=weight, as in {example}")
+    return [Component(_mixture_source(spec, config.field), _weight(weight, spec)) for spec, weight in parts]
+
+
+def _mixture_source(spec: str, field: str) -> Source:
+    if spec.startswith("tfds:"):
+        return open_source(spec, "", field)
+    kind, colon, path = spec.partition(":")
+    if not colon:
+        raise UserError(f"config.data.path: {spec!r} in the mixture has no kind. Write for example text:{spec}=1")
+    return open_source(kind, path, field)
+
+
+def _weight(text: str, spec: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = -1.0
+    if not 0 < weight < float("inf"):
+        raise UserError(f"config.data.path: the weight {text!r} of {spec} must be a number above 0.")
+    return weight

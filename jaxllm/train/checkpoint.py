@@ -1,0 +1,355 @@
+"""Checkpoints of a run: WORKDIR/checkpoints/STEP, written by Orbax in the background and committed by one rename.
+
+A folder with a number for a name is a whole checkpoint; whatever was cut short has another name. It holds four items:
+`params` and `state` (the rest of the train state) as arrays, `data` (the state of the data iterator) and `run` (config,
+versions, metrics, hashes) as JSON. The arrays have one canonical form, so any layout restores what any other wrote.
+"""
+
+import errno
+import importlib.metadata
+import math
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from jaxllm.errors import UserError
+from jaxllm.train.state import Params, TrainState
+from jaxllm.train.tree_hash import tree_hash
+
+UNFINISHED = ".orbax-checkpoint-tmp"  # of one that Orbax is writing, or was when it was killed
+REMOVED = ".removed"  # suffix of a checkpoint on its way out
+DAMAGED = ".damaged"  # suffix of one that could not be read
+VERSIONED = ("jax", "flax", "optax", "orbax-checkpoint")
+
+
+class Restored(NamedTuple):
+    """What a checkpoint held."""
+
+    step: int
+    state: TrainState
+    data: dict[str, Any]  # the data iterator's state
+    run: dict[str, Any]  # config, versions, metrics, parameter_hash, state_hash
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every process of the run makes one and calls it in the same order.
+
+    Args:
+      directory: WORKDIR/checkpoints; made where it is missing.
+      keep: how many of the newest to keep.
+      keep_best: how many of those with the lowest eval_loss to keep besides.
+      say: takes the messages about checkpoints that were skipped.
+    """
+
+    def __init__(self, directory: Path, keep: int = 2, keep_best: int = 1, say: Callable[[str], None] = print):
+        self.directory, self.keep, self.keep_best, self.say = Path(directory).absolute(), keep, keep_best, say
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(handler_registry=_handlers()))
+        _hush_closed_loops()
+        self._saving: int | None = None
+        self._removal: threading.Thread | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+
+    def steps(self) -> list[int]:
+        """The steps of the committed checkpoints, ascending."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
+
+    def save(
+        self, state: TrainState, data: Mapping[str, Any], config: Mapping[str, Any], metrics: Mapping[str, float]
+    ) -> None:
+        """Starts a save and returns once the arrays are copied to the host; after that `state` may be donated.
+
+        Waits for the save before. Older checkpoints go when a newer one is on disk, never earlier.
+
+        Raises:
+          UserError: the disk is full or not writable (now, or during the save before).
+        """
+        self.wait()
+        step = int(state.step)
+        run = {
+            "config": dict(config),
+            "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
+            "metrics": dict(metrics),
+            "parameter_hash": tree_hash(state.params),
+            "state_hash": tree_hash(_rest(state)),
+        }
+        self._saving = step
+        self._guard(
+            lambda: self._orbax.save(
+                self.directory / str(step),
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    state=ocp.args.StandardSave(_nested(_rest(state))),
+                    data=ocp.args.JsonSave(dict(data)),
+                    run=ocp.args.JsonSave(run),
+                ),
+            )
+        )
+
+    def wait(self) -> None:
+        """Waits until the save under way is committed, then removes the checkpoints that are no longer kept.
+
+        Raises:
+          UserError: the disk is full or not writable.
+        """
+        self._guard(self._orbax.wait_until_finished)
+        if self._saving is not None:
+            self._saving = None
+            self._remove_old()
+
+    def close(self) -> None:
+        """Waits for the save and the removals under way."""
+        self.wait()
+        if self._removal:
+            self._removal.join()
+        self._orbax.close()
+
+    def clean_up(self) -> None:
+        """Removes what an interrupted save or removal left behind. Only for the run that writes here."""
+        if jax.process_index() == 0 and self.directory.is_dir():
+            for path in [*self.directory.glob(f"*{UNFINISHED}*"), *self.directory.glob(f"*{REMOVED}")]:
+                shutil.rmtree(path, ignore_errors=True)
+        _barrier("clean_up")
+
+    def restore(
+        self, abstract: TrainState, check: Callable[[dict[str, Any]], None] | None = None, *, set_aside: bool = True
+    ) -> Restored | None:
+        """The newest checkpoint that can be read, or None where there is none at all.
+
+        Args:
+          abstract: `jax.ShapeDtypeStruct`s with the shardings to restore into; they need not be those of the save.
+          check: sees the JSON of the run before arrays are read, and may refuse it with a UserError.
+          set_aside: rename damaged checkpoints, so that the run can write these steps again.
+
+        Raises:
+          UserError: none can be read, one of another model, or arrays that differ from those saved.
+        """
+        return self._newest(lambda step: self._restore_state(step, abstract, check), set_aside)
+
+    def restore_params(self, abstract: Params) -> tuple[int, Params, dict[str, Any]] | None:
+        """(step, parameters, JSON of the run) of the newest checkpoint that can be read; changes nothing on disk.
+
+        Raises:
+          UserError: as `restore`.
+        """
+        return self._newest(lambda step: self._restore_params(step, abstract), set_aside=False)
+
+    def _newest(self, read: Callable[[int], Any], set_aside: bool) -> Any:
+        """What `read` makes of the newest checkpoint it can read; None where there are none."""
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                found = read(step)
+            except PermissionError as error:
+                raise UserError(f"The checkpoint {self.directory / str(step)} may not be read: {error}.") from None
+            except (OSError, ValueError, KeyError) as error:
+                earlier = [s for s in steps if s < step]
+                self.say(
+                    f"The checkpoint of step {step} is damaged and skipped ({_first_line(error)})."
+                    + (f" Trying the one before it, of step {earlier[-1]}." if earlier else "")
+                )
+            else:
+                if set_aside:  # only now that a good one is found: what hinders all of them is no damage
+                    self._set_aside([s for s in steps if s > step])
+                return found
+        if steps:
+            raise UserError(
+                f"None of the {len(steps)} checkpoints in {self.directory} can be read. "
+                "Start again with another --workdir, or restore the folder from a backup."
+            )
+        return None
+
+    def _restore_state(self, step: int, abstract: TrainState, check: Callable | None) -> Restored:
+        run = self._read_json(step, "run")
+        if check:
+            check(run)
+        params = self._read_arrays(step, "params", abstract.params, run["parameter_hash"])
+        rest = _rest(abstract)
+        nested = self._read_arrays(step, "state", _nested(rest), None)
+        rest = jax.tree.unflatten(jax.tree.structure(rest), [_at(nested, path) for path in _paths(rest)])
+        self._check_hash(step, "train state", tree_hash(rest), run["state_hash"])
+        return Restored(step, TrainState(params=params, **rest), self._read_json(step, "data"), run)
+
+    def _restore_params(self, step: int, abstract: Params) -> tuple[int, Params, dict[str, Any]]:
+        run = self._read_json(step, "run")
+        return step, self._read_arrays(step, "params", abstract, run["parameter_hash"]), run
+
+    def _read_json(self, step: int, item: str) -> dict[str, Any]:
+        args = ocp.args.Composite(**{item: ocp.args.JsonRestore()})
+        return self._orbax.restore(self.directory / str(step), args=args)[item]
+
+    def _read_arrays(self, step: int, item: str, abstract: Any, saved_hash: str | None) -> Any:
+        folder = self.directory / str(step)
+        metadata = self._orbax.metadata(folder).item_metadata[item]
+        if metadata is None:
+            raise FileNotFoundError(f"{folder / item} is missing or has no metadata")
+        _check_same_arrays(folder, item, abstract, metadata.tree)
+        args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
+        arrays = self._orbax.restore(folder, args=args)[item]
+        if saved_hash:
+            self._check_hash(step, "parameters", tree_hash(arrays), saved_hash)
+        return arrays
+
+    def _check_hash(self, step: int, what: str, found: str, saved: str) -> None:
+        if found != saved:
+            raise UserError(
+                f"The {what} in {self.directory / str(step)} have the hash {found}, but {saved} was taken at the save: "
+                "the files were changed or corrupted. Remove that folder to go on from the checkpoint before it."
+            )
+
+    def _guard(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except Exception as error:
+            reason = _write_failure(error)
+            if reason is None:
+                raise
+            whole = self.steps()
+            way_out = f"The checkpoint of step {whole[-1]} is whole: free space" if whole else "Free space"
+            raise UserError(
+                f"The checkpoint of step {self._saving} could not be written to {self.directory}: {reason}.\n"
+                f"{way_out} and run the same command again to go on."
+            ) from error
+
+    def _remove_old(self) -> None:
+        """Renames what is not kept, so that a number always names a whole one, and removes it in a thread."""
+        steps = self.steps()
+        kept = set(steps[len(steps) - self.keep :] if self.keep else steps[-1:])
+        if self.keep_best and len(steps) > len(kept):
+            by_loss = sorted(steps, key=self._eval_loss)
+            kept |= {step for step in by_loss[: self.keep_best] if self._eval_loss(step) < math.inf}
+        old = [step for step in steps if step not in kept]
+        if jax.process_index() or not old:
+            return
+        if self._removal:
+            self._removal.join()
+        renamed = [(self.directory / str(step)).rename(self.directory / f"{step}{REMOVED}") for step in old]
+        self._removal = threading.Thread(
+            target=lambda: [shutil.rmtree(path, ignore_errors=True) for path in renamed], name="checkpoint_removal"
+        )
+        self._removal.start()
+
+    def _eval_loss(self, step: int) -> float:
+        """That of a checkpoint, infinite where it was not measured, is not a number or cannot be read."""
+        try:
+            loss = self._read_json(step, "run")["metrics"].get("eval_loss", math.inf)
+        except (OSError, ValueError, KeyError):
+            return math.inf
+        return loss if math.isfinite(loss) else math.inf
+
+    def _set_aside(self, steps: list[int]) -> None:
+        for step in steps if jax.process_index() == 0 else []:
+            target = self.directory / f"{step}{DAMAGED}"
+            shutil.rmtree(target, ignore_errors=True)
+            (self.directory / str(step)).rename(target)
+        _barrier("set_aside")
+
+
+def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for item in ("params", "state"):
+        arrays = ocp.StandardCheckpointHandler()
+        registry.add(item, ocp.args.StandardSave, arrays)
+        registry.add(item, ocp.args.StandardRestore, arrays)
+    for item in ("data", "run"):
+        text = ocp.JsonCheckpointHandler()
+        registry.add(item, ocp.args.JsonSave, text)
+        registry.add(item, ocp.args.JsonRestore, text)
+    return registry
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    """The train state without its parameters."""
+    return {name: getattr(state, name) for name in TrainState._fields if name != "params"}
+
+
+def _paths(tree: Any) -> dict[str, Any]:
+    """The leaves by path, names and indices joined by slashes: "optimizer/0/mu/head/kernel"."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _nested(tree: Any) -> dict[str, Any]:
+    """The same leaves in dictionaries only, so that what is written does not depend on the classes of the tree."""
+    nested: dict[str, Any] = {}
+    for path, leaf in _paths(tree).items():
+        *folders, name = path.split("/")
+        at = nested
+        for folder in folders:
+            at = at.setdefault(folder, {})
+        at[name] = leaf
+    return nested
+
+
+def _at(nested: Mapping[str, Any], path: str) -> Any:
+    for name in path.split("/"):
+        nested = nested[name]
+    return nested
+
+
+def _check_same_arrays(folder: Path, item: str, abstract: Any, saved: Any) -> None:
+    """Refuses a checkpoint whose arrays have other paths, shapes or types, naming the first few."""
+    describe = lambda leaf: f"{list(leaf.shape)} {jax.numpy.dtype(leaf.dtype).name}"  # noqa: E731
+    wanted = {path: describe(leaf) for path, leaf in _paths(abstract).items()}
+    found = {path: describe(leaf) for path, leaf in _paths(saved).items()}
+    differ = [path for path in (wanted | found) if wanted.get(path) != found.get(path)]
+    if not differ:
+        return
+    lines = [
+        f"  {path}: {found.get(path, 'absent')} in the checkpoint, {wanted.get(path, 'absent')} in this run"
+        for path in differ[:3]
+    ]
+    more = [f"  and {len(differ) - 3} more"] if len(differ) > 3 else []
+    what, group = ("model", "model") if item == "params" else ("optimizer", "optimizer")
+    way_out = f"Use the config.{group} of that run, or another --workdir."
+    raise UserError("\n".join([f"{folder} is a checkpoint of another {what}. {way_out}", *lines, *more]))
+
+
+def _write_failure(error: BaseException) -> str | None:
+    """Why the disk took no more, where that was the reason."""
+    seen: BaseException | None = error
+    while seen is not None:
+        number = getattr(seen, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(seen):
+            return "no space left on the disk"
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return f"the folder is not writable: {seen}"
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _hush_closed_loops() -> None:
+    """After a failed read or write, those beside it report to Orbax's closed event loop: no news for anybody."""
+    previous = sys.unraisablehook
+    if getattr(previous, "__name__", "") == "without_closed_loops":
+        return
+
+    def without_closed_loops(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            previous(unraisable)
+
+    sys.unraisablehook = without_closed_loops
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {text[:160]}"
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"jaxllm checkpoints: {name}")
