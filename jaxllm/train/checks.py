@@ -8,6 +8,7 @@ from jaxllm.errors import UserError
 from jaxllm.layout.mesh import mesh_shape
 from jaxllm.layout.rules import Rules, make_rules
 from jaxllm.train.config import Config
+from jaxllm.train.optimizer import check_optimizer, make_schedule
 
 CHOICES = {
     "model.positions": ("learned", "rope", "none"),
@@ -19,8 +20,6 @@ CHOICES = {
     "precision.params": ("float32",),
     "precision.gradients": ("float32", "bfloat16"),
     "data.packing": ("concat", "best_fit"),
-    "optimizer.name": ("adamw", "lion", "muon"),
-    "optimizer.schedule": ("cosine", "linear", "wsd", "constant"),
 }
 
 _AT_LEAST = {
@@ -36,10 +35,6 @@ _AT_LEAST = {
     "layout.num_microbatches": 1,
     "data.length": 0,
     "data.batch_size": 1,
-    "optimizer.warmup_steps": 0,
-    "optimizer.decay_steps": 0,
-    "optimizer.weight_decay": 0,
-    "optimizer.clip_norm": 0,
     "train.steps": 1,
     "train.log_every": 1,
     "train.eval_every": 0,
@@ -56,8 +51,6 @@ _ABOVE_ZERO = (
     "model.rope_theta",
     "model.norm_epsilon",
     "model.init_std",
-    "optimizer.learning_rate",
-    "optimizer.epsilon",
 )
 
 # name: (rule, what it says)
@@ -65,10 +58,6 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "model.dropout": (lambda x: 0 <= x < 1, "from 0 up to, not including, 1"),
     "model.attention_dropout": (lambda x: 0 <= x < 1, "from 0 up to, not including, 1"),
     "layout.zero_stage": (lambda x: x in (0, 1, 2, 3), "0, 1, 2 or 3"),
-    "optimizer.final_fraction": (lambda x: 0 <= x <= 1, "from 0 to 1"),
-    "optimizer.beta1": (lambda x: 0 <= x < 1, "from 0 up to, not including, 1"),
-    "optimizer.beta2": (lambda x: 0 <= x < 1, "from 0 up to, not including, 1"),
-    "optimizer.momentum": (lambda x: 0 <= x < 1, "from 0 up to, not including, 1"),
 }
 
 
@@ -86,6 +75,8 @@ def check(config: Config, num_devices: int) -> None:
         _refuse_unless(_value(config, name) > 0, config, name, "above 0")
     for name, (rule, says) in _RANGES.items():
         _refuse_unless(rule(_value(config, name)), config, name, says)
+    check_optimizer(config.optimizer)
+    make_schedule(config.optimizer, config.train.steps)
     layout = config.layout
     rules = make_rules(layout.rules, layout.rule_overrides, sequence_parallel=layout.sequence_parallel)
     shape = mesh_shape(config.mesh, num_devices)
