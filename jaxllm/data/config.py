@@ -15,5 +15,6 @@ class DataConfig:
     length: int = 0  # tokens a sequence; 0: config.model.max_length
     batch_size: int = 32  # sequences a step, over all devices
     packing: str = "concat"  # concat: documents end to end, cut anywhere | best_fit: whole where they fit, padded
+    eval_overlap: int = 0  # tokens that evaluation windows of one document share as context; 0: half the length
     shuffle: bool = True  # a global shuffle, a function of config.seed alone
     cache: str = ""  # folder of the token shards; "": $JAXLLM_CACHE or ~/.cache/jaxllm

@@ -57,7 +57,7 @@ def train_tokenizer(
     names = [*SPECIALS, *specials]
     if twice := sorted({name for name in names if not name or names.count(name) > 1}):
         raise UserError(f"Special tokens need distinct names that are not empty; {', '.join(map(repr, twice))} is not.")
-    passages = _sample(texts, sample_bytes)
+    passages = sample_passages(texts, sample_bytes)
     if not any(passage.strip() for passage in passages):
         raise UserError("There is no text to train a tokenizer on.")
     model = io.BytesIO()
@@ -92,8 +92,11 @@ def train_tokenizer(
     return SentencePieceTokenizer(model.getvalue())
 
 
-def _sample(texts: Iterable[str], sample_bytes: int) -> list[str]:
-    """All passages, or an even sample of `sample_bytes` of them (reservoir sampling, fixed seed)."""
+def sample_passages(texts: Iterable[str], sample_bytes: int = SAMPLE_BYTES) -> list[str]:
+    """The texts in passages of at most `CHUNK` characters, or an even sample of about `sample_bytes` of them.
+
+    Reservoir sampling with a fixed seed: one pass, and no more than the sample in memory.
+    """
     kept: list[str] = []
     size, rng = 0, random.Random(0)
     for seen, passage in enumerate((p for text in texts for p in _passages(text)), start=1):

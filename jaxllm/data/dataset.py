@@ -1,0 +1,283 @@
+"""From `config.data` to batches: the one entry for a training loop.
+
+data = prepare(config.data, length=1024)
+loader = data.train_loader(sharding, batch_size=256, seed=0)
+for batch in data.eval_batches(sharding, batch_size=256): ...
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
+
+import grain
+import jax
+import rich.console
+import rich.progress
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+
+from jaxllm.config import one_of
+from jaxllm.data import shards
+from jaxllm.data.batch import Batch
+from jaxllm.data.config import DataConfig
+from jaxllm.data.held_out import HeldOut, Piece, read_held_out, split_documents
+from jaxllm.data.loader import DeviceBatches, EvaluationRows, Rows, TrainLoader
+from jaxllm.data.packing import PACKINGS, EvaluationWindows
+from jaxllm.data.sources import Component, Source, kind_of, open_components, open_source
+from jaxllm.data.tokenizer import Tokenizer, load_tokenizer
+from jaxllm.data.tokenizer_training import SAMPLE_BYTES, parse_tokenizer, sample_passages, train_tokenizer
+from jaxllm.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Tokenised text, ready to be read. Counts are of tokens with bos and eos, characters and bytes of text alone."""
+
+    config: DataConfig
+    tokenizer: Tokenizer
+    length: int  # tokens a row
+    train: tuple[shards.TokenStream, ...]  # one stream a component
+    weights: tuple[float, ...]  # of the components, in rows
+    held_out: tuple[shards.TokenStream, ...]  # empty without a held-out split
+
+    @property
+    def train_tokens(self) -> int:
+        return sum(stream.index.tokens for stream in self.train)
+
+    @property
+    def train_documents(self) -> int:
+        return sum(stream.index.documents for stream in self.train)
+
+    @property
+    def held_out_documents(self) -> int:
+        return sum(stream.index.documents for stream in self.held_out)
+
+    @property
+    def held_out_tokens(self) -> int:
+        """Tokens that all of `eval_batches` predict: every token but the first (bos) of each document."""
+        return sum(stream.index.tokens - stream.index.documents for stream in self.held_out)
+
+    @property
+    def held_out_characters(self) -> int:
+        return sum(stream.index.characters for stream in self.held_out)
+
+    @property
+    def held_out_bytes(self) -> int:
+        return sum(stream.index.bytes for stream in self.held_out)
+
+    def bits_per_character(self, nats_per_token: float) -> float:
+        """From the mean loss of the evaluation batches, eos included. Exact over all of them, else an estimate."""
+        return nats_per_token * self.held_out_tokens / self.held_out_characters / math.log(2)
+
+    def train_loader(self, sharding: NamedSharding, *, batch_size: int, seed: int) -> TrainLoader:
+        """Batches of [batch_size, length] without end, laid out by `sharding`, the same under any.
+
+        Raises:
+          UserError: a batch size or length that the mesh does not divide.
+        """
+        parts = [self._rows(stream, seed) for stream in self.train]
+        rows = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, self.weights)
+        digests = "".join(stream.index.digest for stream in self.train)
+        identity = {
+            "tokens": hashlib.sha256(digests.encode()).hexdigest()[:16],
+            "weights": list(self.weights),
+            "length": self.length,
+            "packing": self.config.packing,
+            "shuffle": self.config.shuffle,
+            "seed": seed,
+        }
+        return TrainLoader(rows, sharding, batch_size=batch_size, length=self.length, identity=identity)
+
+    def rows_an_epoch(self, seed: int = 0) -> int:
+        """Rows after which every token was read about once (in a mixture: those of all components)."""
+        return sum(len(self._rows(stream, seed)) for stream in self.train)
+
+    def _rows(self, stream: shards.TokenStream, seed: int) -> Rows:
+        packing = PACKINGS[self.config.packing](stream.document_starts, self.length)
+        pad_id = self.tokenizer.pad_id or 0
+        return Rows(stream, packing, length=self.length, pad_id=pad_id, seed=seed, shuffle=self.config.shuffle)
+
+    def eval_batches(self, sharding: NamedSharding, *, batch_size: int) -> Iterator[Batch]:
+        """The held-out split once, each of its tokens predicted once; the last batch filled up with padding rows.
+
+        Nothing without a held-out split. The order is mixed and fixed: the first batches are a fair sample.
+        """
+        if not self.held_out:
+            return iter(())
+        rows = self._eval_rows(batch_size)
+        batches = len(rows) // batch_size
+        return DeviceBatches(rows, sharding, batch_size=batch_size, length=self.length, batches=batches)
+
+    def num_eval_batches(self, batch_size: int) -> int:
+        """How many `eval_batches` yields."""
+        return len(self._eval_rows(batch_size)) // batch_size if self.held_out else 0
+
+    def _eval_rows(self, batch_size: int) -> EvaluationRows:
+        overlap = self.config.eval_overlap or self.length // 2
+        parts = [(s, EvaluationWindows(s.document_starts, self.length, overlap)) for s in self.held_out]
+        return EvaluationRows(parts, length=self.length, pad_id=self.tokenizer.pad_id or 0, multiple=batch_size)
+
+    def describe(self) -> list[str]:
+        """Lines to print at the start of a run."""
+        characters = sum(stream.index.characters for stream in self.train)
+        lines = [
+            f"tokenizer: {self.tokenizer.vocab_size:,} pieces",
+            f"train: {self.train_documents:,} documents, {self.train_tokens:,} tokens, {characters:,} characters",
+        ]
+        if not self.held_out:
+            return [*lines, "held out: nothing"]
+        share = self.held_out_characters / (characters + self.held_out_characters)
+        lines.append(
+            f"held out: {self.held_out_documents:,} documents, {self.held_out_tokens:,} tokens to predict, "
+            f"{self.held_out_characters:,} characters, {self.held_out_bytes:,} bytes ({share:.1%} of the text)"
+        )
+        if share > 0.5:
+            lines.append(f"warning: config.data.held_out={self.config.held_out!r} holds out more than half of the text")
+        return lines
+
+
+def prepare(config: DataConfig, *, length: int, progress: bool = True, num_threads: int | None = None) -> Dataset:
+    """Opens the data of `config`; trains the tokenizer and tokenises the text where the cache does not hold it yet.
+
+    With several processes the first does the work and the others find it in the cache, or do it on their own disk.
+
+    Args:
+      config: the group `config.data`.
+      length: tokens a row (`config.length`, or the model's where that is 0).
+      progress: whether to draw progress bars on stderr.
+      num_threads: for tokenising; default one a core.
+
+    Raises:
+      UserError: everything that can be wrong with config, files and text.
+    """
+    _check(config, length)
+    held_out = read_held_out(config.held_out)
+    components = open_components(config)
+    if held_out.kind == "marker" and len(components) > 1:
+        raise UserError("config.data.held_out of a mixture is a fraction or file:PATH, not a text to search for.")
+    cache = shards.cache_folder(config.cache)
+    bar = _progress_bar if progress else _no_progress_bar
+    threads = num_threads or -1
+
+    def make() -> Dataset:
+        tokenizer = _tokenizer(config, components, held_out, cache, bar)
+        folders = [_tokens(c.source, held_out, tokenizer, cache, bar, threads) for c in components]
+        train = [folder / "train" for folder in folders if (folder / "train").exists()]
+        if len(train) < len(folders):
+            raise UserError(f"config.data.held_out={config.held_out!r} leaves no text to train on.")
+        if held_out.kind == "file":
+            source = open_source(kind_of(held_out.path), held_out.path, config.field)
+            folders = [_tokens(source, held_out, tokenizer, cache, bar, threads, all_held_out=True)]
+        test = [folder / "held_out" for folder in folders if (folder / "held_out").exists()]
+        if held_out.kind != "none" and not test:
+            raise UserError(f"config.data.held_out={config.held_out!r} holds out nothing: there is too little text.")
+        weights = tuple(component.weight for component in components)
+        return Dataset(config, tokenizer, length, _open(train), weights, _open(test))
+
+    return _first_process_first(make)
+
+
+def _open(folders: Sequence[Path]) -> tuple[shards.TokenStream, ...]:
+    return tuple(map(shards.TokenStream, folders))
+
+
+def _check(config: DataConfig, length: int) -> None:
+    one_of("config.data.packing", config.packing, PACKINGS)
+    if length < 2:
+        raise UserError(f"config.data.length={length} must be 2 or more.")
+    if not 0 <= config.eval_overlap < length:
+        raise UserError(
+            f"config.data.eval_overlap={config.eval_overlap} must be less than the {length} tokens of a row. "
+            f"0 stands for half of them, {length // 2}."
+        )
+
+
+def _tokenizer(
+    config: DataConfig, components: Sequence[Component], held_out: HeldOut, cache: Path, bar: "Bar"
+) -> Tokenizer:
+    """Loads `config.tokenizer`, or trains it on the training part, each component in proportion to its weight."""
+    spec = parse_tokenizer(config.tokenizer)
+    if spec is None:
+        return load_tokenizer(config.tokenizer)
+    kind, vocab_size = spec
+    identity = [[c.source.identity(), c.weight] for c in components]
+    split = [held_out.kind, held_out.fraction, held_out.marker]
+    key = shards.cache_key("tokenizer", identity, split, kind, vocab_size, version("sentencepiece"))
+
+    def train(folder: Path) -> None:
+        whole = sum(component.weight for component in components)
+        with bar(f"learning {vocab_size:,} pieces") as report:
+            passages = [
+                passage
+                for component in components
+                for passage in sample_passages(
+                    _train_texts(component.source, held_out, report), int(SAMPLE_BYTES * component.weight / whole)
+                )
+            ]
+            train_tokenizer(passages, kind=kind, vocab_size=vocab_size).save(folder)
+
+    return load_tokenizer(shards.cached(cache, f"tokenizer-{key}", train))
+
+
+def _train_texts(source: Source, held_out: HeldOut, report: Callable[[float], None]) -> Iterator[str]:
+    for piece in split_documents(source, held_out):
+        if not piece.held_out:
+            yield piece.text
+        report(piece.progress)
+
+
+def _tokens(
+    source: Source,
+    held_out: HeldOut,
+    tokenizer: Tokenizer,
+    cache: Path,
+    bar: "Bar",
+    threads: int,
+    all_held_out: bool = False,
+) -> Path:
+    """The cache folder with the streams of `source`."""
+    split = "all" if all_held_out else [held_out.kind, held_out.fraction, held_out.marker]
+    key = shards.cache_key("tokens", source.identity(), split, tokenizer.fingerprint)
+
+    def write(folder: Path) -> None:
+        pieces = (
+            (Piece(d.text, True, True, d.progress) for d in source.documents())
+            if all_held_out
+            else split_documents(source, held_out)
+        )
+        with bar("tokenising") as report:
+            shards.write_streams(folder, pieces, tokenizer, num_threads=threads, report=report)
+
+    return shards.cached(cache, f"tokens-{key}", write)
+
+
+def _first_process_first(make: Callable[[], T]) -> T:
+    """`make()`, in the other processes after the first has done it."""
+    if jax.process_count() == 1:
+        return make()
+    made = make() if jax.process_index() == 0 else None
+    multihost_utils.sync_global_devices("jaxllm: data prepared")
+    return make() if made is None else made
+
+
+Bar = Callable[[str], "contextmanager[Callable[[float], None]]"]
+
+
+@contextmanager
+def _progress_bar(what: str) -> Iterator[Callable[[float], None]]:
+    """A bar on stderr; the value it yields takes the part that is done, 0 to 1."""
+    with rich.progress.Progress(console=rich.console.Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=1.0)
+        yield lambda done: bar.update(task, completed=done)
+
+
+@contextmanager
+def _no_progress_bar(what: str) -> Iterator[Callable[[float], None]]:
+    yield lambda done: None

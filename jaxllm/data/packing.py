@@ -1,0 +1,182 @@
+"""Rows of a fixed length out of a stream of documents: which tokens, and what may be seen and learned in each.
+
+A row is a list of spans, pieces of documents of the stream. Each span becomes a segment of the row: segment ids 1, 2,
+…, positions from 0, padding (segment 0) at the end. The model predicts the token at t from what it saw up to t - 1, so
+the first token of a segment is never predicted: `loss_mask` is false there and on padding.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxllm.data.batch import Batch
+
+Starts = Int[np.ndarray, " documents+1"]
+
+
+class Span(NamedTuple):
+    """A piece of one document: tokens `start` to `start + length` of the stream."""
+
+    start: int
+    length: int
+    predict_from: int = 1  # the first of its tokens that is to be predicted; those before are context
+
+
+class Packing(Protocol):
+    """How an epoch is cut into rows."""
+
+    num_rows: int
+
+    def spans(self, row: int, rotation: int) -> list[Span]:
+        """The spans of row 0 <= `row` < num_rows; `rotation` (any integer >= 0) is drawn for each epoch."""
+        ...
+
+
+class Concat:
+    """Documents end to end, cut every `length` tokens.
+
+    The stream is taken as a ring that starts, in each epoch, at another token (`rotation`): so a small corpus is cut
+    differently every time. The last tokens before that start, fewer than a row of them, are left out in this epoch,
+    and every other token comes exactly once. A stream shorter than a row is one padded row.
+    """
+
+    def __init__(self, document_starts: Starts, length: int):
+        self._starts, self._length = document_starts, length
+        self._total = int(document_starts[-1])
+        self.num_rows = max(self._total // length, 1)
+
+    def spans(self, row: int, rotation: int) -> list[Span]:
+        if self._total <= self._length:
+            return self._between(0, self._total)
+        start = (rotation + row * self._length) % self._total
+        end = start + self._length
+        return self._between(start, min(end, self._total)) + self._between(0, max(end - self._total, 0))
+
+    def _between(self, start: int, end: int) -> list[Span]:
+        if start >= end:
+            return []
+        first, last = np.searchsorted(self._starts, (start, end), side="right")
+        cuts = [start, *(int(cut) for cut in self._starts[first:last] if cut < end), end]
+        return [Span(a, b - a) for a, b in itertools.pairwise(cuts)]
+
+
+class BestFit:
+    """Whole documents where they fit, rows padded at the end (best-fit decreasing bin packing).
+
+    A document longer than a row is cut into full rows and a rest. The rows are the same in every epoch; every token
+    comes exactly once.
+    """
+
+    def __init__(self, document_starts: Starts, length: int):
+        sizes = np.diff(document_starts)
+        pieces = -(-sizes // length)
+        first = np.repeat(np.cumsum(pieces) - pieces, pieces)
+        within = np.arange(pieces.sum()) - first
+        self._start = np.repeat(document_starts[:-1], pieces) + within * length
+        self._size = np.minimum(np.repeat(sizes, pieces) - within * length, length)
+        self._order, self._ends = best_fit_decreasing(self._size, length)
+        self.num_rows = len(self._ends)
+
+    def spans(self, row: int, rotation: int) -> list[Span]:
+        pieces = self._order[self._ends[row - 1] if row else 0 : self._ends[row]]
+        return [Span(int(self._start[i]), int(self._size[i])) for i in pieces]
+
+
+class EvaluationWindows:
+    """Windows over held-out documents: every token is predicted exactly once, all but the first of its document.
+
+    (The first is bos where the tokenizer has one, so no text goes unpredicted.) Windows of one document overlap by
+    `overlap` tokens, which are context there: the token after has at least so much to be predicted from. The windows
+    are packed into rows, best fit; the rows come in a mixed, fixed order, so that the first few are a fair sample.
+    """
+
+    def __init__(self, document_starts: Starts, length: int, overlap: int):
+        if not 1 <= overlap < length:
+            raise ValueError(f"an overlap of {overlap} does not lie between 1 and {length - 1}")
+        self._windows = [
+            window
+            for start, end in zip(document_starts[:-1].tolist(), document_starts[1:].tolist(), strict=True)
+            for window in _windows(start, end, length, overlap)
+        ]
+        sizes = np.array([window.length for window in self._windows], np.int64)
+        order, ends = best_fit_decreasing(sizes, length)
+        rows = np.split(order, ends[:-1])
+        self._rows = [rows[i] for i in np.random.RandomState(0).permutation(len(rows))]  # a stream fixed for good
+        self.num_rows = len(self._rows)
+
+    def spans(self, row: int, rotation: int) -> list[Span]:
+        return [self._windows[i] for i in self._rows[row]]
+
+
+def _windows(start: int, end: int, length: int, overlap: int) -> list[Span]:
+    windows = [Span(start, min(length, end - start))]
+    while (done := windows[-1].start + windows[-1].length) < end:
+        windows.append(Span(done - overlap, min(length, end - done + overlap), predict_from=overlap))
+    return windows
+
+
+def best_fit_decreasing(
+    sizes: Int[np.ndarray, " items"], capacity: int
+) -> tuple[Int[np.ndarray, " items"], Int[np.ndarray, " bins"]]:
+    """Packs items into bins: the largest first, each where it leaves the least room, ties by order.
+
+    Args:
+      sizes: of the items, 1 to `capacity`.
+      capacity: of a bin.
+
+    Returns:
+      (items bin by bin, where each bin ends in that list).
+    """
+    room: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins by the room they have left
+    rooms = 0  # bit r set: there is a bin with room r
+    bin_of = np.empty(len(sizes), np.int64)
+    bins = 0
+    order = np.argsort(-sizes, kind="stable")
+    for item in order.tolist():
+        size = int(sizes[item])
+        fitting = rooms >> size
+        if fitting:
+            left = size + (fitting & -fitting).bit_length() - 1
+            chosen = room[left].pop()
+            if not room[left]:
+                rooms ^= 1 << left
+        else:
+            left, chosen, bins = capacity, bins, bins + 1
+        bin_of[item] = chosen
+        if left > size:
+            room[left - size].append(chosen)
+            rooms |= 1 << (left - size)
+    packed = order[np.argsort(bin_of[order], kind="stable")]
+    return packed, np.cumsum(np.bincount(bin_of, minlength=bins))
+
+
+def fill_row(
+    read: Callable[[int, int], Int[np.ndarray, " n"]], spans: Sequence[Span], length: int, pad_id: int
+) -> Batch:
+    """The row of `spans`: a `Batch` without the batch axis. `read(start, length)` gives tokens of the stream."""
+    row = empty_row(length, pad_id)
+    at = 0
+    for segment, span in enumerate(spans, start=1):
+        part = slice(at, at + span.length)
+        row.tokens[part] = read(span.start, span.length)
+        row.positions[part] = np.arange(span.length)
+        row.segment_ids[part] = segment
+        row.loss_mask[at + span.predict_from : at + span.length] = True
+        at += span.length
+    return row
+
+
+def empty_row(length: int, pad_id: int) -> Batch:
+    """A row of padding, without the batch axis."""
+    return Batch(
+        tokens=np.full(length, pad_id, np.int32),
+        positions=np.zeros(length, np.int32),
+        segment_ids=np.zeros(length, np.int32),
+        loss_mask=np.zeros(length, bool),
+    )
+
+
+PACKINGS: dict[str, Callable[[Starts, int], Packing]] = {"concat": Concat, "best_fit": BestFit}

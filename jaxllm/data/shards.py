@@ -1,0 +1,258 @@
+"""Token shards: documents tokenised once, kept on disk as ArrayRecord, read at random.
+
+A stream is a folder:
+
+    index.json                what is in it; written last
+    documents.npy             int64 [documents + 1]: where each document starts in the stream, and the stream's length
+    tokens-00000.arrayrecord  records of RECORD tokens each (the last shorter), little-endian uint16 or uint32
+
+A document is bos, its text, eos (bos and eos where the tokenizer has them); one cut in two by the held-out split ends
+without eos in its first part. Records cut documents anywhere; documents.npy knows where they begin.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from array_record.python import array_record_module
+from jaxtyping import Int
+
+from jaxllm.data.held_out import Piece
+from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.errors import UserError
+
+VERSION = 1
+RECORD = 8192  # tokens: what one random read costs
+SHARD = 1 << 28  # tokens a file
+BATCH = 1 << 22  # characters tokenised at once, by all threads
+INDEX, DOCUMENTS = "index.json", "documents.npy"
+SPLITS = ("train", "held_out")
+
+
+@dataclass(frozen=True)
+class StreamIndex:
+    """What a stream holds. `characters` and `bytes` (UTF-8) are of the text, without bos and eos."""
+
+    tokens: int
+    documents: int
+    characters: int
+    bytes: int
+    dtype: str
+    digest: str  # sha256 of all tokens and document starts
+    files: dict[str, int]  # sizes in bytes
+    version: int = VERSION
+
+
+class TokenStream:
+    """The tokens of a split, documents end to end."""
+
+    def __init__(self, folder: Path):
+        """Opens the stream in `folder`. UserError where a file of it is missing or cut off."""
+        self.index = _read_index(folder)
+        self.document_starts: Int[np.ndarray, " documents+1"] = np.load(folder / DOCUMENTS, mmap_mode="r")
+        shards = [str(folder / name) for name in sorted(self.index.files) if name != DOCUMENTS]
+        self._records = grain.sources.ArrayRecordDataSource(shards)
+
+    def read(self, start: int, length: int) -> Int[np.ndarray, " length"]:
+        """Tokens start to start + length, int32. Thread-safe."""
+        if length <= 0:
+            return np.zeros(0, np.int32)
+        first, last = start // RECORD, (start + length - 1) // RECORD
+        records = [np.frombuffer(self._records[i], self.index.dtype) for i in range(first, last + 1)]
+        tokens = np.concatenate(records) if len(records) > 1 else records[0]
+        return tokens[start - first * RECORD :][:length].astype(np.int32)
+
+
+def _read_index(folder: Path) -> StreamIndex:
+    remedy = f"Delete the folder {folder.parent} and it is made anew."
+    try:
+        index = StreamIndex(**json.loads((folder / INDEX).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder}: the token cache has no readable {INDEX}. {remedy}") from error
+    for name, size in index.files.items():
+        found = (folder / name).stat().st_size if (folder / name).exists() else None
+        if found is None:
+            raise UserError(f"{folder / name}: this part of the token cache is missing. {remedy}")
+        if found != size:
+            raise UserError(
+                f"{folder / name}: this part of the token cache is damaged: {found} bytes instead of {size}. {remedy}"
+            )
+    return index
+
+
+class StreamWriter:
+    """Writes a stream document by document. `folder` must not exist."""
+
+    def __init__(self, folder: Path, dtype: str):
+        folder.mkdir(parents=True)
+        self._folder, self._dtype = folder, np.dtype(dtype)
+        self._starts, self._hash = array("q", [0]), hashlib.sha256()
+        self._buffer: list[np.ndarray] = []
+        self._buffered = self._written = self._characters = self._bytes = 0
+        self._writer: array_record_module.ArrayRecordWriter | None = None
+        self._files: list[str] = []
+
+    def add(self, tokens: Sequence[int], text: str) -> None:
+        """Appends a document."""
+        self._buffer.append(np.asarray(tokens, self._dtype))
+        self._buffered += len(tokens)
+        self._starts.append(self._starts[-1] + len(tokens))
+        self._characters += len(text)
+        self._bytes += len(text.encode())
+        if self._buffered >= RECORD * 16:
+            self._flush(RECORD)
+
+    def _flush(self, at_least: int) -> None:
+        tokens = np.concatenate([*self._buffer, np.zeros(0, self._dtype)])
+        done = 0
+        while len(tokens) - done >= at_least and done < len(tokens):
+            self._write(tokens[done : done + RECORD].tobytes())
+            done += RECORD
+        self._buffer, self._buffered = [tokens[done:]], max(len(tokens) - done, 0)
+
+    def _write(self, record: bytes) -> None:
+        if self._writer is None:
+            self._files.append(f"tokens-{len(self._files):05d}.arrayrecord")
+            path = str(self._folder / self._files[-1])
+            self._writer = array_record_module.ArrayRecordWriter(path, "group_size:1,uncompressed")
+        with _as_os_error():
+            self._writer.write(record)
+        self._hash.update(record)
+        self._written += len(record) // self._dtype.itemsize
+        if self._written >= SHARD * len(self._files):
+            self._close_file()
+
+    def _close_file(self) -> None:
+        if self._writer is not None:
+            with _as_os_error():
+                self._writer.close()
+            self._writer = None
+            written = len(grain.sources.ArrayRecordDataSource([str(self._folder / self._files[-1])]))
+            expected = -(-self._written // RECORD) - (len(self._files) - 1) * (SHARD // RECORD)
+            if written != expected:
+                raise OSError(f"{written} of {expected} records of {self._files[-1]} were written")
+
+    def close(self) -> StreamIndex:
+        """Finishes the stream; its index is the last thing written."""
+        self._flush(1)
+        self._close_file()
+        starts = np.frombuffer(self._starts, np.int64)
+        np.save(self._folder / DOCUMENTS, starts)
+        self._hash.update(starts.tobytes())
+        index = StreamIndex(
+            tokens=int(starts[-1]),
+            documents=len(starts) - 1,
+            characters=self._characters,
+            bytes=self._bytes,
+            dtype=self._dtype.newbyteorder("<").str,
+            digest=self._hash.hexdigest(),
+            files={name: (self._folder / name).stat().st_size for name in [DOCUMENTS, *self._files]},
+        )
+        (self._folder / INDEX).write_text(json.dumps(asdict(index), indent=1))
+        return index
+
+
+@contextlib.contextmanager
+def _as_os_error() -> Iterator[None]:
+    """ArrayRecord says by a RuntimeError that the disk is full."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+
+
+def write_streams(
+    folder: Path, pieces: Iterable[Piece], tokenizer: Tokenizer, *, num_threads: int, report: Callable[[float], None]
+) -> None:
+    """Tokenises `pieces` into the streams `folder`/train and `folder`/held_out; a split without text has no folder."""
+    dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+    writers: dict[str, StreamWriter] = {}
+    start = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
+    end = [tokenizer.eos_id] if tokenizer.eos_id is not None else []
+    for batch in _batches(pieces):
+        ids = tokenizer.encode_batch([piece.text for piece in batch], num_threads=num_threads)
+        for piece, tokens in zip(batch, ids, strict=True):
+            split = SPLITS[piece.held_out]
+            if split not in writers:
+                writers[split] = StreamWriter(folder / split, dtype)
+            writers[split].add([*start, *tokens, *(end if piece.ends else [])], piece.text)
+        report(batch[-1].progress)
+    for writer in writers.values():
+        writer.close()
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    characters = 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece.text)
+        if characters >= BATCH:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def cache_folder(configured: str) -> Path:
+    """`config.data.cache`, else $JAXLLM_CACHE, else ~/.cache/jaxllm."""
+    return Path(configured or os.environ.get("JAXLLM_CACHE") or "~/.cache/jaxllm").expanduser()
+
+
+def cache_key(*parts: Any) -> str:
+    """A name for what was made from `parts` (JSON-able)."""
+    return hashlib.sha256(json.dumps([VERSION, *parts]).encode()).hexdigest()[:20]
+
+
+def cached(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
+    """The folder `cache`/`name`; where it is not there, `make(folder)` fills a folder beside it, renamed when whole.
+
+    So a run that is killed leaves nothing that a later one would believe, and two runs at once do no harm.
+
+    Raises:
+      UserError: the cache cannot be written.
+    """
+    final = cache / name
+    if final.exists():
+        return final
+    host = socket.gethostname()
+    partial = cache / f".partial-{name}-{host}-{os.getpid()}"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        _remove_stale(cache, f".partial-{name}-{host}-")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        make(partial)
+        try:
+            partial.rename(final)
+        except OSError:
+            if not final.exists():  # else another run was first; its work is as good
+                raise
+    except OSError as error:
+        raise UserError(
+            f"{cache}: the cache cannot be written: {error}. Set config.data.cache or $JAXLLM_CACHE to another folder."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return final
+
+
+def _remove_stale(cache: Path, prefix: str) -> None:
+    """Removes what killed runs of this machine left of the same work."""
+    for folder in cache.glob(f"{prefix}*"):
+        try:
+            os.kill(int(folder.name.removeprefix(prefix)), 0)
+        except (ProcessLookupError, ValueError):
+            shutil.rmtree(folder, ignore_errors=True)
+        except PermissionError:
+            continue
