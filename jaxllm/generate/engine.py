@@ -6,6 +6,7 @@ from typing import NamedTuple
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import UserError
 from jaxllm.generate.decode import Decoder
+from jaxllm.generate.run import Run
 from jaxllm.generate.sampling import Sampling
 from jaxllm.generate.stream import RowText
 
@@ -22,11 +23,12 @@ class Completion(NamedTuple):
 
 
 class Engine:
-    """A model and its tokenizer, ready to write. `open_run` makes one from a WORKDIR."""
+    """A trained model, ready to write: `Engine(open_run(workdir))`."""
 
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer):
-        self.tokenizer, self.max_length = tokenizer, decoder.config.max_length
-        self._decoder = decoder
+    def __init__(self, run: Run):
+        self.tokenizer: Tokenizer = run.tokenizer
+        self.max_length = run.spec.config.max_length
+        self._decoder = Decoder(run.spec, run.weights, run.layout)
 
     def generate(
         self,
@@ -79,8 +81,7 @@ class Engine:
         Raises:
           UserError: a prompt that fills the context, or an empty one where there is no bos.
         """
-        start = [self.tokenizer.bos_id] if self.tokenizer.bos_id is not None else []
-        ids = start + self.tokenizer.encode(prompt, special=special)
+        ids = self._with_bos(self.tokenizer.encode(prompt, special=special))
         if not ids:
             raise UserError("the prompt is empty, and this tokenizer has no token to begin with. Write a prompt.")
         if len(ids) >= self.max_length:
@@ -89,6 +90,13 @@ class Engine:
                 f"answer too. Shorten the prompt to at most {self.max_length - 1} tokens."
             )
         return ids
+
+    def count_tokens(self, prompt: str) -> int:
+        """How many tokens of the context `prompt` takes."""
+        return len(self._with_bos(self.tokenizer.encode(prompt)))
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        return ids if self.tokenizer.bos_id is None else [self.tokenizer.bos_id, *ids]
 
 
 class _Row:

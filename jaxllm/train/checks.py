@@ -62,11 +62,23 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 
 
 def check(config: Config, num_devices: int) -> None:
-    """Checks `config` for `num_devices` devices.
+    """Checks `config` for training on `num_devices` devices.
 
     Raises:
       UserError: the first mistake found: the value, the rule and the nearest way out.
     """
+    check_for_use(config, num_devices)
+    check_optimizer(config.optimizer)
+    make_schedule(config.optimizer, config.train.steps)
+    layout = config.layout
+    rules = make_rules(layout.rules, layout.rule_overrides, sequence_parallel=layout.sequence_parallel)
+    shape = mesh_shape(config.mesh, num_devices)
+    _check_length(config, rules, shape)
+    _check_batch(config, rules, shape)
+
+
+def check_for_use(config: Config, num_devices: int) -> None:
+    """Checks what generation and evaluation need of `config`. Raises as `check`."""
     for name, choices in CHOICES.items():
         one_of(f"config.{name}", _value(config, name), choices)
     for name, least in _AT_LEAST.items():
@@ -75,15 +87,12 @@ def check(config: Config, num_devices: int) -> None:
         _refuse_unless(_value(config, name) > 0, config, name, "above 0")
     for name, (rule, says) in _RANGES.items():
         _refuse_unless(rule(_value(config, name)), config, name, says)
-    check_optimizer(config.optimizer)
-    make_schedule(config.optimizer, config.train.steps)
     layout = config.layout
     rules = make_rules(layout.rules, layout.rule_overrides, sequence_parallel=layout.sequence_parallel)
     shape = mesh_shape(config.mesh, num_devices)
     _check_axes_at_hand(shape)
     _check_model(config)
     _check_split(config, rules, shape)
-    _check_batch(config, rules, shape)
 
 
 def _value(config: Config, name: str):
@@ -120,25 +129,15 @@ def _check_model(config: Config) -> None:
     head_dim = model.head_dim or model.embed_dim // model.num_heads
     if model.positions == "rope" and head_dim % 2:
         raise UserError(f"config.model: head_dim={head_dim} is odd, but rope turns pairs. Choose an even head_dim.")
-    if config.data.length > model.max_length:
-        raise UserError(
-            f"config.data.length={config.data.length} is above config.model.max_length={model.max_length}. "
-            "Raise max_length or shorten length."
-        )
-    if 0 < config.data.length < 2:
-        raise UserError("config.data.length=1 leaves nothing to predict: 2 or more, or 0 for config.model.max_length.")
 
 
 def _check_split(config: Config, rules: Rules, shape: dict[str, int]) -> None:
-    """Heads, mlp and length against the mesh axes that split them. The vocabulary is padded, so any size will do."""
+    """Heads and mlp against the mesh axes that split them. The vocabulary is padded, so any size will do."""
     model = config.model
     mlp_dim = model.mlp_dim or 4 * model.embed_dim
-    length = config.data.length or model.max_length
     _check_divides("config.model.num_heads", model.num_heads, "heads", rules, shape)
     _check_divides("config.model.mlp_dim", mlp_dim, "mlp", rules, shape)
     _check_divides("config.model.embed_dim", model.embed_dim, "embed", rules, shape)
-    _check_divides("config.data.length", length, "length", rules, shape)
-    _check_divides("config.data.length", length, "residual_length", rules, shape)
     num_kv_heads = model.num_kv_heads or model.num_heads
     parts, _ = _parts("kv_heads", rules, shape)
     if parts % num_kv_heads:  # fewer heads than parts is fine where each is copied the same number of times
@@ -158,6 +157,19 @@ def _check_divides(name: str, size: int, logical: str, rules: Rules, shape: dict
             f"{name}={size} is not divisible by {written}, which splits {logical}. "
             f"Nearest: {name.rpartition('.')[2]}={nearest_multiples(size, parts)}."
         )
+
+
+def _check_length(config: Config, rules: Rules, shape: dict[str, int]) -> None:
+    if config.data.length > config.model.max_length:
+        raise UserError(
+            f"config.data.length={config.data.length} is above config.model.max_length={config.model.max_length}. "
+            "Raise max_length or shorten length."
+        )
+    if config.data.length == 1:
+        raise UserError("config.data.length=1 leaves nothing to predict: 2 or more, or 0 for config.model.max_length.")
+    length = config.data.length or config.model.max_length
+    _check_divides("config.data.length", length, "length", rules, shape)
+    _check_divides("config.data.length", length, "residual_length", rules, shape)
 
 
 def _check_batch(config: Config, rules: Rules, shape: dict[str, int]) -> None:
