@@ -81,9 +81,9 @@ GROUPS = {
 
 
 def base_config() -> ConfigDict:
-    """Every field with its default: what `configs/*.py` start from."""
+    """Every field with its default: what `configs/*.py` start from. Locked: a field that is unknown is refused."""
     plain = {f.name: f.default for f in dataclasses.fields(Config) if f.name not in GROUPS}
-    return ConfigDict(plain | {name: ConfigDict(defaults(group)) for name, group in GROUPS.items()})
+    return ConfigDict(plain | {name: ConfigDict(defaults(group)) for name, group in GROUPS.items()}).lock()
 
 
 def read_config(values: Mapping[str, Any]) -> Config:
