@@ -55,7 +55,7 @@ class TrainConfig:
     checkpoint_every: int = 200  # 0: only at the end
     keep: int = 2  # newest checkpoints to keep
     keep_best: int = 1  # and those of the lowest eval_loss
-    max_nonfinite: int = 10  # steps with a non-finite gradient (skipped, counted) before the run ends
+    max_nonfinite: int = 10  # steps on end with a non-finite gradient (skipped, counted); one more ends the run
     profile_start: int = -1  # step of the first traced step; -1: no trace
     profile_steps: int = 3
 

@@ -3,11 +3,8 @@
 from collections.abc import Mapping
 
 import jax
-import numpy as np
 
-from jaxllm.model.config import ModelConfig
-from jaxllm.train.optimizer import flat_paths
-from jaxllm.train.state import Params
+from jaxllm.model.spec import ModelSpec
 
 # Dense bfloat16 TFLOP/s (no sparsity) by a part of `jax.Device.device_kind`; the first match counts.
 PEAK_TFLOPS: Mapping[str, float] = {
@@ -38,23 +35,16 @@ def peak_flops(device: jax.Device) -> float | None:
     return next((1e12 * peak for kind, peak in PEAK_TFLOPS.items() if kind in device.device_kind), None)
 
 
-def parameter_count(params: Params) -> int:
-    """All parameters, counted from the tree."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
-
-
-def flops_per_token(params: Params, config: ModelConfig, length: int) -> float:
+def flops_per_token(spec: ModelSpec, length: int) -> float:
     """Floating-point operations of forward and backward pass a token: 6 N + 12 * layers * heads * head_dim * length.
 
     The convention of PaLM (Chowdhery et al. 2022, appendix B): full attention, nothing for recomputation. N counts the
-    parameters of the tree that multiply: tables that are only looked up (positions, and the embedding where the head
-    is not tied to it) count nothing; a tied table counts once, as the head.
+    parameters that multiply: tables that are only looked up (positions, and the embedding where the head is not tied
+    to it) count nothing; a tied table counts once, as the head.
 
     Args:
-      params: the tree of parameters, abstract or not.
       length: tokens of a training sequence.
     """
-    looked_up = {"position_embedding/table"} | (set() if config.tied_head else {"embedding/table"})
-    multiplying = sum(int(np.prod(leaf.shape)) for path, leaf in flat_paths(params).items() if path not in looked_up)
-    head_dim = config.head_dim or config.embed_dim // config.num_heads
-    return 6.0 * multiplying + 12.0 * config.num_layers * config.num_heads * head_dim * length
+    multiplying = spec.num_parameters - spec.num_embedding_parameters
+    config = spec.config
+    return 6.0 * multiplying + 12.0 * config.num_layers * config.num_heads * config.head_dim * length

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from tensorboardX import SummaryWriter
 
+TIMES = ("tokens_per_second", "mfu", "seconds_per_step")  # all else is the same in every repetition of a run
+
 
 class MetricsWriter:
     """One JSON object a line and a logged step, and the same scalars for TensorBoard. Only one process makes one.
@@ -101,18 +103,22 @@ class Stopwatch:
 class ProgressReport:
     """A rich progress bar where `stream` is a terminal, a plain line a logged step where it is not."""
 
-    def __init__(self, total_steps: int, start_step: int = 0, stream: TextIO | None = None, quiet: bool = False):
+    def __init__(self, stream: TextIO | None = None, quiet: bool = False):
         self._console = Console(file=stream or sys.stderr, quiet=quiet, highlight=False, soft_wrap=True)
-        self._total = total_steps
+        self._total = 0
         self._bar: Progress | None = None
-        if self._console.is_terminal and not quiet:
+
+    def start(self, total_steps: int, step: int = 0) -> None:
+        """Shows the bar, at a step."""
+        self._total = total_steps
+        if self._console.is_terminal and not self._console.quiet:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
-            self._bar = Progress(*columns, console=self._console, transient=False)
-            self._task = self._bar.add_task("train", total=total_steps, completed=start_step, text="compiling")
+            self._bar = Progress(*columns, console=self._console)
+            self._task = self._bar.add_task("train", total=total_steps, completed=step, text="compiling")
             self._bar.start()
 
     def say(self, text: str) -> None:
-        """Prints a line above the bar."""
+        """Prints a text, above the bar where there is one."""
         self._console.print(text, markup=False)
 
     def step(self, step: int) -> None:

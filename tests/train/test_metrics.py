@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jaxllm.model.config import ModelConfig
-from jaxllm.train.flops import flops_per_token, parameter_count, peak_flops
+from jaxllm.model.spec import model_spec
+from jaxllm.train.flops import flops_per_token, peak_flops
 from jaxllm.train.metrics import MetricsWriter, ProgressReport, Stopwatch, describe, duration, read_metrics
 
 
@@ -57,18 +58,13 @@ def test_tensorboard_holds_the_same_scalars(tmp_path):
 
 
 def test_flops_a_token_by_hand():
-    leaf = lambda *shape: SimpleNamespace(shape=shape)  # noqa: E731
-    params = {
-        "embedding": {"table": leaf(10, 4)},
-        "position_embedding": {"table": leaf(7, 4)},
-        "layers": {"mlp": {"up": {"kernel": leaf(2, 4, 16)}}},
-    }
-    tied = ModelConfig(num_layers=2, embed_dim=4, num_heads=2, tied_head=True)
-    assert flops_per_token(params, tied, length=5) == 6 * (40 + 128) + 12 * 2 * 2 * 2 * 5
-    untied = ModelConfig(num_layers=2, embed_dim=4, num_heads=2, head_dim=3, tied_head=False)
-    with_head = params | {"head": {"kernel": leaf(4, 10)}}
-    assert flops_per_token(with_head, untied, length=5) == 6 * (40 + 128) + 12 * 2 * 2 * 3 * 5
-    assert parameter_count(with_head) == 40 + 28 + 128 + 40
+    sizes = {"num_layers": 2, "embed_dim": 4, "num_heads": 2, "vocab_size": 10, "max_length": 7, "use_bias": False}
+    layers = 2 * (4 * 4 * 4 + 2 * 4 * 16 + 2 * 4) + 4  # attention, mlp, two norms; the last norm
+    tied = model_spec(ModelConfig(**sizes, tied_head=True).resolved())
+    assert flops_per_token(tied, length=5) == 6 * (layers + 10 * 4) + 12 * 2 * 2 * 2 * 5
+    untied = model_spec(ModelConfig(**sizes, tied_head=False).resolved())
+    assert flops_per_token(untied, length=5) == flops_per_token(tied, length=5)
+    assert untied.num_parameters == tied.num_parameters + 40
 
 
 @pytest.mark.parametrize(
@@ -117,7 +113,8 @@ def test_the_stopwatch_leaves_pauses_out(monkeypatch):
 
 def test_plain_lines_where_stderr_is_no_terminal():
     stream = io.StringIO()
-    report = ProgressReport(total_steps=100, stream=stream)
+    report = ProgressReport(stream=stream)
+    report.start(total_steps=100)
     report.step(9)
     report.logged({"step": 10, "loss": 3.21, "tokens_per_second": 12345.6, "mfu": 0.4123}, seconds_a_step=2.0)
     report.logged({"step": 20, "loss": 3.0, "eval_loss": 3.5, "eval_bits_per_char": 6.71234}, seconds_a_step=None)
@@ -136,7 +133,8 @@ def test_a_bar_where_it_is_one():
             return True
 
     stream = Terminal()
-    report = ProgressReport(total_steps=100, start_step=40, stream=stream)
+    report = ProgressReport(stream=stream)
+    report.start(total_steps=100, step=40)
     report.logged({"step": 50, "loss": 3.21}, seconds_a_step=0.1)
     report.close()
     assert "50/100" in stream.getvalue() and "loss 3.2100" in stream.getvalue() and "5 s left" in stream.getvalue()
