@@ -1,5 +1,6 @@
 """Reads an experiment's config file and lays the command line's overrides over it."""
 
+import inspect
 import re
 import traceback
 from collections.abc import Mapping
@@ -82,9 +83,10 @@ def override(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
 def _preset(name: str) -> Mapping[str, Any]:
     from jaxllm.model import presets
 
-    if name not in presets.PRESETS:
-        raise UserError(f"--config.model={name} is no preset. {did_you_mean(name, presets.PRESETS)}")
-    return presets.PRESETS[name]()
+    known = dict(inspect.getmembers(presets, inspect.isfunction))
+    if name not in known:
+        raise UserError(f"--config.model={name} is no preset. {did_you_mean(name, known)}")
+    return known[name]()
 
 
 def _check_name(config: ConfigDict, name: str) -> None:

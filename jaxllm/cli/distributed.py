@@ -18,9 +18,9 @@ _ENVIRONMENT = {
 def add_flags(parser: Parser) -> None:
     """The three flags of a run of several processes. Each may come from the environment instead."""
     group = parser.add_argument_group("several processes (under SLURM's srun they are found by themselves)")
-    group.add_argument("--coordinator_address", help="host:port of process 0; or $JAX_COORDINATOR_ADDRESS")
-    group.add_argument("--num_processes", type=int, help="or $JAX_NUM_PROCESSES")
-    group.add_argument("--process_id", type=int, help="or $JAX_PROCESS_ID")
+    group.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0; or $JAX_COORDINATOR_ADDRESS")
+    group.add_argument("--num_processes", type=int, metavar="N", help="or $JAX_NUM_PROCESSES")
+    group.add_argument("--process_id", type=int, metavar="I", help="or $JAX_PROCESS_ID")
 
 
 def arguments(options: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, str | int] | None:

@@ -12,6 +12,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, verb: str, what: str, examples: str = "") -> None:
         super().__init__(
             prog=f"jaxllm {verb}",
+            usage=f"jaxllm {verb} [--flag=value …] [--config.GROUP.FIELD=VALUE …]",
             description=what,
             epilog=examples and f"examples:\n{examples}",
             formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -18,7 +18,11 @@ def add_sampling_flags(parser: Parser, temperature: float) -> None:
     """The flags of jaxllm.generate.sampling.Sampling, and those beside it."""
     parser.add_argument("--max_new_tokens", type=int, default=200, metavar="N", help="at most so many (%(default)s)")
     parser.add_argument(
-        "--temperature", type=float, default=temperature, help="0 is greedy: the most probable token (%(default)s)"
+        "--temperature",
+        type=float,
+        default=temperature,
+        metavar="T",
+        help="0 is greedy: the most probable token (%(default)s)",
     )
     parser.add_argument("--top_k", type=int, default=0, metavar="K", help="draw from the K most probable; 0: all")
     parser.add_argument(
@@ -38,7 +42,9 @@ def add_sampling_flags(parser: Parser, temperature: float) -> None:
         metavar="X",
         help="above 1: what was said already is less likely",
     )
-    parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same text (%(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="the same seed draws the same text (%(default)s)"
+    )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
 
 

@@ -163,7 +163,9 @@ class Checkpoints:
                 found = read(step)
             except PermissionError as error:
                 raise UserError(f"The checkpoint {self.directory / str(step)} may not be read: {error}.") from None
-            except (OSError, ValueError, KeyError) as error:
+            except Exception as error:
+                if not _tells_damage(error):
+                    raise
                 earlier = [s for s in steps if s < step]
                 self.say(
                     f"The checkpoint of step {step} is damaged and skipped ({_first_line(error)})."
@@ -335,6 +337,12 @@ def _write_failure(error: BaseException) -> str | None:
             return f"the folder is not writable: {seen}"
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def _tells_damage(error: Exception) -> bool:
+    """Whether reading failed for what is on the disk. Orbax wraps what TensorStore says of a shard in an Exception."""
+    cause = error.__cause__ if type(error) is Exception else error
+    return isinstance(cause, (OSError, ValueError, KeyError))
 
 
 def _hush_orbax() -> None:

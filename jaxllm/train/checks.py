@@ -138,10 +138,7 @@ def _check_split(config: Config, rules: Rules, shape: dict[str, int]) -> None:
     _check_divides("config.model.num_heads", model.num_heads, "heads", rules, shape)
     _check_divides("config.model.mlp_dim", mlp_dim, "mlp", rules, shape)
     _check_divides("config.model.embed_dim", model.embed_dim, "embed", rules, shape)
-    num_kv_heads = model.num_kv_heads or model.num_heads
-    parts, _ = _parts("kv_heads", rules, shape)
-    if parts % num_kv_heads:  # fewer heads than parts is fine where each is copied the same number of times
-        _check_divides("config.model.num_kv_heads", num_kv_heads, "kv_heads", rules, shape)
+    _check_kv_heads(model.num_kv_heads or model.num_heads, model.num_heads, rules, shape)
 
 
 def _parts(logical: str, rules: Rules, shape: dict[str, int]) -> tuple[int, str]:
@@ -153,9 +150,21 @@ def _parts(logical: str, rules: Rules, shape: dict[str, int]) -> tuple[int, str]
 def _check_divides(name: str, size: int, logical: str, rules: Rules, shape: dict[str, int]) -> None:
     parts, written = _parts(logical, rules, shape)
     if size % parts:
+        fewer = "" if " x " in written else f"; or {written.partition('=')[0]}={math.gcd(size, parts)}"
         raise UserError(
             f"{name}={size} is not divisible by {written}, which splits {logical}. "
-            f"Nearest: {name.rpartition('.')[2]}={nearest_multiples(size, parts)}."
+            f"Nearest: {name.rpartition('.')[2]}={nearest_multiples(size, parts)}{fewer}."
+        )
+
+
+def _check_kv_heads(size: int, num_heads: int, rules: Rules, shape: dict[str, int]) -> None:
+    """Fewer key heads than parts will do where each is copied the same number of times."""
+    parts, written = _parts("kv_heads", rules, shape)
+    fits = [d for d in range(1, num_heads + 1) if num_heads % d == 0 and (d % parts == 0 or parts % d == 0)]
+    if size not in fits:
+        raise UserError(
+            f"config.model.num_kv_heads={size} does not go with {written}, which splits kv_heads: one must divide the "
+            f"other. Nearest: num_kv_heads={_both_sides(size, fits)}."
         )
 
 
@@ -190,7 +199,11 @@ def nearest_multiples(size: int, factor: int) -> str:
 
 
 def _nearest_divisors(size: int, whole: int) -> str:
-    divisors = [d for d in range(1, whole + 1) if whole % d == 0]
-    below = max((d for d in divisors if d <= size), default=None)
-    above = min((d for d in divisors if d > size), default=None)
+    return _both_sides(size, [d for d in range(1, whole + 1) if whole % d == 0])
+
+
+def _both_sides(size: int, choices: list[int]) -> str:
+    """The choices next to `size`, as "2 or 4"."""
+    below = max((d for d in choices if d <= size), default=None)
+    above = min((d for d in choices if d > size), default=None)
     return " or ".join(str(d) for d in (below, above) if d)
