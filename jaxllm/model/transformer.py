@@ -64,12 +64,6 @@ def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
     return stack(rngs)
 
 
-def _position_table(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Param:
-    shape = (config.max_length, config.embed_dim)
-    table = config.init_std * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return nnx.Param(table, axes=("positions", "embed"))
-
-
 class Transformer(nnx.Module):
     """Token ids to the last activations; `head` turns those into logits or a loss.
 
@@ -79,7 +73,11 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embedding = Table(config, rngs=rngs)
-        self.position_embedding = _position_table(config, rngs) if config.positions == "learned" else None
+        self.position_embedding = nnx.data(None)
+        if config.positions == "learned":
+            shape = (config.max_length, config.embed_dim)
+            table = config.init_std * jax.random.normal(rngs.params(), shape, jnp.float32)
+            self.position_embedding = nnx.Param(table, axes=("positions", "embed"))
         self.layers = _stacked_blocks(config, rngs)
         self.final_norm = Norm(config)
         self.output = None if config.tied_head else Table(config, rngs=rngs)
