@@ -1,5 +1,6 @@
 """The config group `config.model.*`: what the model computes, nothing about where."""
 
+import dataclasses
 from dataclasses import dataclass
 
 
@@ -27,3 +28,13 @@ class ModelConfig:
     attention_dropout: float = 0.0  # on the attention probabilities
     z_loss: float = 0.0  # weight of log(Z)^2 in the loss (PaLM uses 1e-4)
     init_std: float = 0.02
+
+    def resolved(self, vocab_size: int = 0) -> "ModelConfig":
+        """The same model with every 0 that stands for "derived" filled in; `vocab_size` is the tokenizer's."""
+        return dataclasses.replace(
+            self,
+            num_kv_heads=self.num_kv_heads or self.num_heads,
+            head_dim=self.head_dim or self.embed_dim // self.num_heads,
+            mlp_dim=self.mlp_dim or 4 * self.embed_dim,
+            vocab_size=self.vocab_size or vocab_size,
+        )

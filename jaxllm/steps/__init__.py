@@ -1,1 +1,6 @@
 """Train steps: a step is a loss and what it trains, one file each."""
+
+from jaxllm.steps import pretrain
+from jaxllm.steps.step import TrainStep
+
+STEPS: dict[str, TrainStep] = {"pretrain": pretrain.step}

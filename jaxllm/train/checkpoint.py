@@ -5,6 +5,7 @@ A folder with a number for a name is a whole checkpoint; whatever was cut short 
 versions, metrics, hashes) as JSON. The arrays have one canonical form, so any layout restores what any other wrote.
 """
 
+import contextlib
 import errno
 import importlib.metadata
 import math
@@ -59,7 +60,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
+        with contextlib.suppress(*[Exception] if kind else []):  # the first failure is the one to tell
             self.close()
 
     def steps(self) -> list[int]:
@@ -125,20 +126,25 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
         _barrier("clean_up")
 
-    def restore(
-        self, abstract: TrainState, check: Callable[[dict[str, Any]], None] | None = None, *, set_aside: bool = True
-    ) -> Restored | None:
+    def newest_run(self) -> dict[str, Any] | None:
+        """The JSON of the newest checkpoint where it can be read: config, versions, metrics, hashes."""
+        for step in reversed(self.steps()):
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                return self._read_json(step, "run")
+        return None
+
+    def restore(self, abstract: TrainState) -> Restored | None:
         """The newest checkpoint that can be read, or None where there is none at all.
+
+        Damaged ones that are newer are renamed, so that the run can write these steps again.
 
         Args:
           abstract: `jax.ShapeDtypeStruct`s with the shardings to restore into; they need not be those of the save.
-          check: sees the JSON of the run before arrays are read, and may refuse it with a UserError.
-          set_aside: rename damaged checkpoints, so that the run can write these steps again.
 
         Raises:
           UserError: none can be read, one of another model, or arrays that differ from those saved.
         """
-        return self._newest(lambda step: self._restore_state(step, abstract, check), set_aside)
+        return self._newest(lambda step: self._restore_state(step, abstract), set_aside=True)
 
     def restore_params(self, abstract: Params) -> tuple[int, Params, dict[str, Any]] | None:
         """(step, parameters, JSON of the run) of the newest checkpoint that can be read; changes nothing on disk.
@@ -156,7 +162,9 @@ class Checkpoints:
                 found = read(step)
             except PermissionError as error:
                 raise UserError(f"The checkpoint {self.directory / str(step)} may not be read: {error}.") from None
-            except (OSError, ValueError, KeyError) as error:
+            except Exception as error:
+                if not _tells_damage(error):
+                    raise
                 earlier = [s for s in steps if s < step]
                 self.say(
                     f"The checkpoint of step {step} is damaged and skipped ({_first_line(error)})."
@@ -173,10 +181,8 @@ class Checkpoints:
             )
         return None
 
-    def _restore_state(self, step: int, abstract: TrainState, check: Callable | None) -> Restored:
+    def _restore_state(self, step: int, abstract: TrainState) -> Restored:
         run = self._read_json(step, "run")
-        if check:
-            check(run)
         params = self._read_arrays(step, "params", abstract.params, run["parameter_hash"])
         rest = _rest(abstract)
         nested = self._read_arrays(step, "state", _nested(rest), None)
@@ -330,6 +336,12 @@ def _write_failure(error: BaseException) -> str | None:
             return f"the folder is not writable: {seen}"
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def _tells_damage(error: Exception) -> bool:
+    """Whether reading failed for what is on the disk. Orbax wraps what TensorStore says of a shard in an Exception."""
+    cause = error.__cause__ if type(error) is Exception else error
+    return isinstance(cause, (OSError, ValueError, KeyError))
 
 
 def _hush_closed_loops() -> None:

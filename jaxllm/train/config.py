@@ -55,7 +55,7 @@ class TrainConfig:
     checkpoint_every: int = 200  # 0: only at the end
     keep: int = 2  # newest checkpoints to keep
     keep_best: int = 1  # and those of the lowest eval_loss
-    max_nonfinite: int = 10  # steps with a non-finite gradient (skipped, counted) before the run ends
+    max_nonfinite: int = 10  # steps on end with a non-finite gradient (skipped, counted); one more ends the run
     profile_start: int = -1  # step of the first traced step; -1: no trace
     profile_steps: int = 3
 
@@ -81,9 +81,9 @@ GROUPS = {
 
 
 def base_config() -> ConfigDict:
-    """Every field with its default: what `configs/*.py` start from."""
+    """Every field with its default: what `configs/*.py` start from. Locked: a field that is unknown is refused."""
     plain = {f.name: f.default for f in dataclasses.fields(Config) if f.name not in GROUPS}
-    return ConfigDict(plain | {name: ConfigDict(defaults(group)) for name, group in GROUPS.items()})
+    return ConfigDict(plain | {name: ConfigDict(defaults(group)) for name, group in GROUPS.items()}).lock()
 
 
 def read_config(values: Mapping[str, Any]) -> Config:

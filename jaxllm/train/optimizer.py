@@ -41,7 +41,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, axes: Mapping[str,
     Raises:
       UserError: an unknown name, a number out of range, or a faulty decay mask.
     """
-    _check(config)
+    check_optimizer(config)
     return optax.chain(
         _direction(config, axes),
         optax.add_decayed_weights(config.weight_decay, mask=_decay_mask(config, axes)),
@@ -197,7 +197,8 @@ def _decay_mask(config: OptimizerConfig, axes: Mapping[str, Any]) -> Any:
     return _by_path(lambda path, _: table[path], axes)
 
 
-def _check(config: OptimizerConfig) -> None:
+def check_optimizer(config: OptimizerConfig) -> None:
+    """Raises a UserError on an unknown optimizer and on numbers out of their range."""
     one_of("config.optimizer.name", config.name, OPTIMIZERS)
     ranges = {
         "learning_rate": (config.learning_rate > 0, "above 0"),

@@ -1,18 +1,75 @@
 """The train state: one canonical form, whatever the layout (DESIGN: "One state, one truth")."""
 
+import math
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from jaxllm.layout import zero
+from jaxllm.layout.layout import Layout
+from jaxllm.model.spec import ModelSpec
+from jaxllm.train.optimizer import map_param_leaves
+
 Params = dict[str, Any]  # nested by attribute name, e.g. params["layers"]["attention"]["query"]["kernel"]
+FIRST_LOSS_SCALE = (
+    2.0**15
+)  # float16; halved after an overflow, doubled after 2,000 good steps (Micikevicius et al. 2018)
 
 
 class TrainState(NamedTuple):
     """Everything a step reads and writes on the devices. The data iterator's state is saved beside it."""
 
-    step: Int[Array, ""]  # optimizer steps taken
+    step: Int[Array, ""]  # batches consumed
     params: Params  # float32 master weights; those of the layers stacked as [layers, …]
     optimizer: Any  # optax state; moments have the shapes of the params
-    nonfinite: Int[Array, ""]  # steps skipped because the gradient was not finite
+    nonfinite: Int[Array, ""]  # steps without an update because the gradient was not finite
     loss_scale: Float[Array, ""]  # 1 unless compute is float16
     scale_age: Int[Array, ""]  # steps since the loss scale last changed
+
+
+def new_state(
+    spec: ModelSpec, optimizer: optax.GradientTransformation, seed: int, compute: str = "bfloat16"
+) -> TrainState:
+    """The state at step 0. Traceable; `init_state` runs it on the devices of a layout."""
+    params = spec.init(seed)
+    count = jnp.zeros((), jnp.int32)
+    scale = jnp.float32(FIRST_LOSS_SCALE if compute == "float16" else 1)
+    return TrainState(count, params, optimizer.init(params), count, scale, count)
+
+
+def abstract_state(
+    spec: ModelSpec, optimizer: optax.GradientTransformation, layout: Layout, compute: str = "bfloat16"
+) -> TrainState:
+    """The state as `jax.ShapeDtypeStruct`s with their shardings: what a checkpoint is restored into."""
+    shapes = jax.eval_shape(lambda: new_state(spec, optimizer, 0, compute))
+
+    def place(leaf: jax.ShapeDtypeStruct, partition: P = P()) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(layout.mesh, partition))
+
+    specs = jax.tree.map(lambda leaf, axes: zero.state_spec(layout, axes, leaf.shape), spec.shapes, spec.axes)
+    moments = map_param_leaves(optimizer, place, shapes.optimizer, specs, transform_non_params=place)
+    placed = jax.tree.map(place, shapes._replace(params=None, optimizer=None))
+    return placed._replace(params=jax.tree.map(place, shapes.params, specs), optimizer=moments)
+
+
+def init_state(
+    spec: ModelSpec,
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    seed: int,
+    compute: str = "bfloat16",
+) -> TrainState:
+    """The state at step 0, made on the devices where it stays; its values depend on the seed alone."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(spec, optimizer, layout, compute))
+    return jax.jit(lambda: new_state(spec, optimizer, seed, compute), out_shardings=shardings)()
+
+
+def bytes_per_device(abstract: Any) -> int:
+    """Bytes that one device holds of a tree of arrays or of `jax.ShapeDtypeStruct`s with shardings."""
+    leaves = jax.tree.leaves(abstract)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

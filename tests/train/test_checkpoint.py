@@ -192,13 +192,13 @@ def test_another_model_or_optimizer_is_refused(two_checkpoints):
         Checkpoints(two_checkpoints).restore(abstract(lion))
 
 
-def test_the_run_may_refuse_before_anything_is_read(two_checkpoints):
-    def refuse(run):
-        assert run["config"] == {"seed": 0}
-        raise UserError("another tokenizer")
-
-    with pytest.raises(UserError, match="another tokenizer"):
-        Checkpoints(two_checkpoints).restore(None, refuse)
+def test_the_run_of_the_newest_checkpoint(tmp_path, two_checkpoints):
+    assert Checkpoints(two_checkpoints).newest_run()["config"] == {"seed": 0}
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two_checkpoints, folder)
+    DAMAGES["json_cut"](folder / "2")
+    assert Checkpoints(folder).newest_run()["metrics"] == {"eval_loss": 1.0}
+    assert Checkpoints(tmp_path / "nothing").newest_run() is None
 
 
 @pytest.fixture

@@ -1,0 +1,37 @@
+# Needs Python 3.11 or newer and make, nothing else: the virtual environment is made and filled here.
+#   make quickstart   train a small model on Python's own standard library, and see what it writes (10 minutes, 2 cores)
+#   make test         the test suite
+#   make lint         ruff and the import contract
+
+PYTHON  ?= python3
+VENV    ?= .venv
+WORKDIR ?= runs/quickstart
+WORKERS ?= 2
+BIN     := $(VENV)/bin
+READY   := $(VENV)/.ready
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(READY)
+	$(BIN)/jaxllm train --config configs/quickstart.py --workdir $(WORKDIR)
+	@echo; echo '--- what the model writes after "def read_" ---'
+	$(BIN)/jaxllm generate --workdir $(WORKDIR) --prompt 'def read_' --max_new_tokens 120 --temperature 0.7 --seed 1
+
+# The workers share what XLA compiles; the folder may be deleted at any time.
+test: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) .jax_cache .pytest_cache .ruff_cache .import_linter_cache
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'jaxllm needs Python 3.11 or newer; name one with: make PYTHON=python3.12'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@

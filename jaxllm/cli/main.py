@@ -1,0 +1,67 @@
+"""`jaxllm VERB …`: finds the verb's file, runs its `main(argv)` and turns a user's mistake into a line and exit code 2.
+
+Nothing here imports JAX: `jaxllm --help` answers at once.
+"""
+
+import importlib
+import importlib.metadata
+import os
+import sys
+
+from jaxllm.errors import UserError, did_you_mean
+
+VERBS = {
+    "tokenizer": "train a tokenizer on text",
+    "train": "train a model; goes on where WORKDIR's last checkpoint left off",
+    "generate": "continue prompts",
+    "chat": "talk with a model in the terminal",
+    "evaluate": "loss, perplexity and bits per character of files",
+}
+
+HELP = """\
+jaxllm: train large language models in JAX, on any layout of devices.
+
+usage: jaxllm VERB [--flag=value …]        jaxllm VERB --help says more
+
+{verbs}
+
+From a text to a model that writes:
+  jaxllm train --config configs/shakespeare.py --workdir runs/shakespeare
+  jaxllm generate --workdir runs/shakespeare --prompt "To be, or"
+
+The same on 8 devices, weights and optimizer state spread over four, matrices over two:
+  jaxllm train --config configs/shakespeare.py --workdir runs/tp --config.mesh.data=4 --config.mesh.model=2
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb. Returns the exit code: 0 done, 1 failed, 2 the user's mistake, 75 preempted after a good save."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        code = _dispatch(argv)
+        sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's last breath
+        return code
+    except UserError as error:
+        print(f"jaxllm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jaxllm: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `jaxllm generate … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP.format(verbs="\n".join(f"  {verb:<10} {what}" for verb, what in VERBS.items())), end="")
+        return 0
+    if argv[0] == "--version":
+        print(f"jaxllm {importlib.metadata.version('jaxllm')}")
+        return 0
+    verb, *rest = argv
+    if verb.startswith("-"):
+        raise UserError(f"the verb comes first: jaxllm VERB {verb} … Verbs: {', '.join(VERBS)}.")
+    if verb not in VERBS:
+        raise UserError(f"'{verb}' is not a verb. {did_you_mean(verb, VERBS)}")
+    return importlib.import_module(f"jaxllm.cli.{verb}").main(rest)

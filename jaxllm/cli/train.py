@@ -1,0 +1,43 @@
+"""`jaxllm train`: reads the config, checks it against the devices, runs the loop."""
+
+from pathlib import Path
+
+from jaxllm.cli import distributed
+from jaxllm.cli.config_file import load_config
+from jaxllm.cli.flags import Parser
+from jaxllm.errors import UserError
+
+EXAMPLES = """\
+  jaxllm train --config configs/shakespeare.py --workdir runs/shakespeare
+  jaxllm train --config configs/gpt2_small.py --workdir runs/gpt2 --config.data.path='corpus/*.jsonl.zst'
+  jaxllm train --config configs/llama3_8b.py --workdir runs/8b --config.mesh.data=8 --config.mesh.model=4
+
+Any field of the config can be set: --config.GROUP.FIELD=VALUE. The groups are model, mesh, layout, precision,
+data, optimizer and train; --config.model=NAME lays a preset (gpt2, llama3_8b, …). Run the same command again and the
+run goes on from its last checkpoint."""
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser("train", "Trains a model, or goes on with a run that was interrupted.", EXAMPLES)
+    parser.add_argument("--config", metavar="FILE.py", help="the experiment: a Python file with get_config()")
+    parser.add_argument("--workdir", metavar="DIR", help="where the run lives: config, metrics, checkpoints, tokenizer")
+    distributed.add_flags(parser)
+    options, overrides = parser.parse_with_overrides(argv)
+    if not options.config:
+        raise UserError("say what to train: --config FILE.py (those that come with jaxllm are in configs/).")
+    if not options.workdir:
+        raise UserError("say where the run lives: --workdir DIR.")
+    workdir = Path(options.workdir)
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir {workdir} is a file. Give a folder; it is made where it does not exist.")
+    config = load_config(options.config, overrides)
+
+    distributed.initialize(options)
+    import jax  # after the config is read: a mistake in it is answered at once
+
+    from jaxllm.train.checks import check
+
+    check(config, jax.device_count())
+    from jaxllm.train import loop
+
+    return loop.train(config, workdir)

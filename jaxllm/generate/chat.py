@@ -1,0 +1,99 @@
+"""A conversation as one growing text, in a plain role format."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jaxllm.errors import UserError
+from jaxllm.generate.engine import Engine
+from jaxllm.generate.sampling import Sampling
+
+
+class Turn(NamedTuple):
+    """What the user said and what the model answered."""
+
+    user: str
+    assistant: str
+
+
+@dataclass(frozen=True)
+class PlainRoles:
+    """User: …\\nAssistant: …\\n, for models that know no chat template of their own."""
+
+    user: str = "User"
+    assistant: str = "Assistant"
+    system: str = ""
+
+    def prompt(self, turns: Sequence[Turn], line: str) -> str:
+        """The text up to where the model's answer begins."""
+        before = f"{self.system}\n" if self.system else ""
+        said = "".join(f"{self.user}: {turn.user}\n{self.assistant}: {turn.assistant}\n" for turn in turns)
+        return f"{before}{said}{self.user}: {line}\n{self.assistant}:"
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """The texts at which the model would speak for the user."""
+        return (f"\n{self.user}:", f"\n{self.assistant}:")
+
+
+class Chat:
+    """A conversation with a model. The oldest turns are dropped when the context has no room for the answer."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        roles: PlainRoles,
+        sampling: Sampling,
+        max_new_tokens: int = 200,
+        *,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ):
+        self.roles, self.turns, self.forgotten = roles, [], 0
+        self._engine, self._sampling, self._max_new_tokens, self._stop = engine, sampling, max_new_tokens, tuple(stop)
+        self._seed = seed
+
+    def reset(self) -> None:
+        """Forgets all turns."""
+        self.turns, self.forgotten = [], 0
+
+    def say(self, line: str, on_text: Callable[[str], None] | None = None) -> str:
+        """The model's answer to `line`, which is kept with it as a turn.
+
+        Raises:
+          UserError: `line` alone, with the answer's max_new_tokens, is longer than the context.
+        """
+        prompt = self._fit(line)
+        first = True
+
+        def show(_: int, text: str) -> None:
+            nonlocal first
+            text = text.lstrip() if first else text
+            first = first and not text
+            if on_text and text:
+                on_text(text)
+
+        stop = (*self.roles.stop, *self._stop)
+        (completion,) = self._engine.generate(
+            [prompt], self._max_new_tokens, self._sampling, stop=stop, seed=self._seed, on_text=show
+        )
+        self._seed += 1  # the same line said twice may be answered in two ways
+        answer = completion.text.strip()
+        self.turns.append(Turn(line, answer))
+        return answer
+
+    def _fit(self, line: str) -> str:
+        """The prompt, after as many of the oldest turns are dropped as it takes to leave room for the answer."""
+        room = self._engine.max_length - self._max_new_tokens
+        while True:
+            prompt = self.roles.prompt(self.turns, line)
+            length = self._engine.count_tokens(prompt)
+            if length <= room:
+                return prompt
+            if not self.turns:
+                raise UserError(
+                    f"with {length} tokens this leaves no room for an answer of {self._max_new_tokens} in the model's "
+                    f"context of {self._engine.max_length}. Say less, or lower --max_new_tokens."
+                )
+            self.turns.pop(0)
+            self.forgotten += 1

@@ -1,0 +1,122 @@
+"""Text in, text out: batches of prompts, stop texts, and text that streams as it is generated."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.errors import UserError
+from jaxllm.generate.decode import Decoder
+from jaxllm.generate.run import Run
+from jaxllm.generate.sampling import Sampling
+from jaxllm.generate.stream import RowText
+
+OnText = Callable[[int, str], None]
+
+
+class Completion(NamedTuple):
+    """What the model wrote after one prompt."""
+
+    prompt: str
+    text: str  # without the prompt, up to the stop text
+    tokens: list[int]  # all that were generated, an end-of-text token included
+    finish_reason: str  # "stop": an end-of-text token or a stop text | "length": max_new_tokens | "context": it is full
+
+
+class Engine:
+    """A trained model, ready to write: `Engine(open_run(workdir))`."""
+
+    def __init__(self, run: Run):
+        self.tokenizer: Tokenizer = run.tokenizer
+        self.max_length = run.spec.config.max_length
+        self._decoder = Decoder(run.spec, run.weights, run.layout)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = 200,
+        sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008
+        *,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        on_text: OnText | None = None,
+    ) -> list[Completion]:
+        """Continues every prompt.
+
+        Args:
+          max_new_tokens: at most so many a row; fewer where the context is full before.
+          sampling: of all rows, or one a row.
+          stop: texts that end a row; they are not part of its text.
+          on_text: called with (row, new text) as soon as the text is certain.
+
+        Raises:
+          UserError: no prompt, a prompt that leaves no room in the model's context, or max_new_tokens below 1.
+        """
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={max_new_tokens} must be 1 or more.")
+        if not prompts:
+            raise UserError("there is no prompt.")
+        ids = [self.encode(prompt) for prompt in prompts]
+        budgets = [min(max_new_tokens, self.max_length - len(row)) for row in ids]
+        rows = [_Row(RowText(self.tokenizer, stop), budget) for budget in budgets]
+        settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        columns = self._decoder.generate(ids, settings, max(budgets), seed)
+        for column in columns:
+            for number, (row, token) in enumerate(zip(rows, column.tolist(), strict=True)):
+                if not row.reason:
+                    new = row.take(token, self.tokenizer.eos_id)
+                    if on_text and new:
+                        on_text(number, new)
+            if all(row.reason for row in rows):
+                break
+        columns.close()
+        full = ["context" if budget < max_new_tokens else "length" for budget in budgets]
+        return [
+            Completion(prompt, row.text.text, row.tokens, why if row.reason == "length" else row.reason)
+            for prompt, row, why in zip(prompts, rows, full, strict=True)
+        ]
+
+    def encode(self, prompt: str, *, special: bool = False) -> list[int]:
+        """The ids of a prompt, after bos where the tokenizer has one: as documents begin in training.
+
+        Raises:
+          UserError: a prompt that fills the context, or an empty one where there is no bos.
+        """
+        ids = self._with_bos(self.tokenizer.encode(prompt, special=special))
+        if not ids:
+            raise UserError("the prompt is empty, and this tokenizer has no token to begin with. Write a prompt.")
+        if len(ids) >= self.max_length:
+            raise UserError(
+                f"the prompt has {len(ids)} tokens, but the model's context is {self.max_length} and must hold the "
+                f"answer too. Shorten the prompt to at most {self.max_length - 1} tokens."
+            )
+        return ids
+
+    def count_tokens(self, prompt: str) -> int:
+        """How many tokens of the context `prompt` takes."""
+        return len(self._with_bos(self.tokenizer.encode(prompt)))
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        return ids if self.tokenizer.bos_id is None else [self.tokenizer.bos_id, *ids]
+
+
+class _Row:
+    """A row while it is written."""
+
+    def __init__(self, text: RowText, budget: int):
+        self.text, self.budget = text, budget
+        self.tokens: list[int] = []
+        self.reason = ""
+
+    def take(self, token: int, eos_id: int | None) -> str:
+        """Adds a token; returns the text that is certain now, and sets `reason` when the row has ended."""
+        self.tokens.append(token)
+        if token == eos_id:
+            self.reason = "stop"
+            return self.text.finish()
+        new = self.text.push(token)
+        if self.text.stopped:
+            self.reason = "stop"
+        elif len(self.tokens) == self.budget:
+            self.reason = "length"
+            new += self.text.finish()
+        return new

@@ -1,0 +1,112 @@
+"""Opens a run: the model of a WORKDIR's newest checkpoint, in the dtype of compute, on the devices that are here."""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from jax.sharding import NamedSharding
+
+from jaxllm.data.tokenizer import Tokenizer, load_tokenizer
+from jaxllm.errors import UserError
+from jaxllm.generate.decode import Weights
+from jaxllm.layout import zero
+from jaxllm.layout.config import MeshConfig
+from jaxllm.layout.layout import Layout, as_dtype, make_layout
+from jaxllm.model.spec import ModelSpec, model_spec
+from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.config import Config, read_config
+
+
+class Run(NamedTuple):
+    """A trained model, ready to be used."""
+
+    config: Config
+    spec: ModelSpec
+    weights: Weights  # in the dtype of compute
+    layout: Layout
+    tokenizer: Tokenizer
+    step: int  # of the checkpoint
+
+
+def read_run_config(workdir: str | Path) -> Config:
+    """The config that the run in `workdir` was started with.
+
+    Raises:
+      UserError: no such folder, or one that holds no run.
+    """
+    workdir = Path(workdir)
+    file = workdir / "config.json"
+    if not workdir.is_dir():
+        raise UserError(f"--workdir {workdir}: no such folder. It is the one that `jaxllm train --workdir` wrote.")
+    try:
+        return read_config(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UserError(f"--workdir {workdir} holds no run: there is no config.json in it.") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{error.lineno}: not JSON: {error.msg}.") from None
+
+
+def layout_for_use(config: Config, num_devices: int) -> Config:
+    """`config` with the layout that generation and evaluation take where the user asks for none.
+
+    The weights are whole but for `model` (ZeRO 0), and the run's mesh is kept where it fits the devices that are here;
+    else as much of `model` as divides them, and `data` takes the rest.
+    """
+    sizes = dataclasses.asdict(config.mesh)
+    given = math.prod(size for size in sizes.values() if size != -1)
+    fits = num_devices % given == 0 if -1 in sizes.values() else num_devices == given
+    mesh = config.mesh if fits else MeshConfig(data=-1, model=math.gcd(abs(config.mesh.model), num_devices))
+    return dataclasses.replace(config, mesh=mesh, layout=dataclasses.replace(config.layout, zero_stage=0))
+
+
+def open_run(workdir: str | Path, config: Config | None = None, say: Callable[[str], None] | None = None) -> Run:
+    """Restores the newest checkpoint of `workdir` that can be read.
+
+    Args:
+      config: the run's, with whatever is to be different; default `layout_for_use` of the run's own.
+      say: takes messages about damaged checkpoints; default stderr.
+
+    Raises:
+      UserError: no run or no checkpoint there, one of another model, or a layout that does not fit.
+    """
+    workdir = Path(workdir)
+    if config is None:
+        config = layout_for_use(read_run_config(workdir), jax.device_count())
+    tokenizer = load_tokenizer(workdir / "tokenizer")
+    # z-loss is a part of training, not of what a text costs.
+    spec = model_spec(dataclasses.replace(config.model, z_loss=0.0).resolved(tokenizer.vocab_size))
+    if spec.config.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"{workdir / 'tokenizer'} has {tokenizer.vocab_size} pieces, but config.model.vocab_size="
+            f"{spec.config.vocab_size}. Put the run's own tokenizer there."
+        )
+    layout = make_layout(config.mesh, config.layout)
+    with Checkpoints(workdir / "checkpoints", say=say or (lambda line: print(line, file=sys.stderr))) as checkpoints:
+        restored = checkpoints.restore_params(at_rest(spec, layout))
+    if restored is None:
+        raise UserError(f"{workdir} has no checkpoint yet. Train first: jaxllm train --workdir {workdir} …")
+    step, params, _ = restored
+    return Run(config, spec, cast_for_use(params, spec, layout, config.precision.compute), layout, tokenizer, step)
+
+
+def at_rest(spec: ModelSpec, layout: Layout) -> Weights:
+    """`jax.ShapeDtypeStruct`s of the float32 parameters, spread over the devices, so that they fit before the cast."""
+    spread = dataclasses.replace(layout, zero_stage=max(layout.zero_stage, 1))
+
+    def place(leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(layout.mesh, zero.state_spec(spread, axes, leaf.shape))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, spec.shapes, spec.axes)
+
+
+def cast_for_use(params: Weights, spec: ModelSpec, layout: Layout, compute: str) -> Weights:
+    """The parameters in the dtype `compute`, where the layout computes with them."""
+    dtype = as_dtype(compute)
+    cast = lambda params: jax.tree.map(lambda w, a: zero.gather_for_step(layout, w, a, dtype), params, spec.axes)  # noqa: E731
+    return jax.jit(cast)(params)

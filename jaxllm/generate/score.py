@@ -1,0 +1,107 @@
+"""What texts cost a model: loss, perplexity, bits per character and per byte."""
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+
+import jax
+import numpy as np
+
+from jaxllm.data.batch import Batch
+from jaxllm.data.packing import EvaluationWindows, Span, empty_row, fill_row
+from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.errors import UserError
+from jaxllm.generate.decode import round_up
+from jaxllm.generate.run import Run
+from jaxllm.layout.layout import use_layout
+from jaxllm.steps import pretrain
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over all documents. Each token is predicted once, but for the first of its document (bos, if there is one)."""
+
+    nats: float
+    tokens: int  # predicted, eos included
+    characters: int
+    bytes: int  # UTF-8
+    documents: int
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+    @property
+    def bits_per_character(self) -> float:
+        return self.nats / math.log(2) / self.characters
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.bytes
+
+    def as_dict(self) -> dict[str, float]:
+        """All of it, ready for JSON."""
+        derived = ("loss", "perplexity", "bits_per_character", "bits_per_byte")
+        return {name: getattr(self, name) for name in derived} | asdict(self)
+
+
+def score(run: Run, texts: Iterable[str], *, length: int = 0, overlap: int = 0, batch_size: int = 16) -> Score:
+    """Scores `texts`, a document each, in windows.
+
+    Args:
+      length: tokens a window; 0: the run's `config.data.length`, or the model's context.
+      overlap: tokens of a window that the one before has predicted already, and that are only context here;
+        0: half the window. More makes the loss lower and the work longer.
+      batch_size: windows at once, over all devices; rounded up to what the mesh divides.
+
+    Raises:
+      UserError: no text, or a window or overlap out of range.
+    """
+    length = length or run.config.data.length or run.spec.config.max_length
+    if not 2 <= length <= run.spec.config.max_length:
+        raise UserError(f"length={length} must be from 2 to the model's context, {run.spec.config.max_length}.")
+    overlap = overlap or length // 2
+    if not 1 <= overlap < length:
+        raise UserError(f"overlap={overlap} must be from 1 to {length - 1}, below the {length} tokens of a window.")
+    documents = list(texts)
+    tokens, starts = _tokens(documents, run.tokenizer)
+    if starts[-1] == len(documents):
+        raise UserError("there is no text to evaluate.")
+    windows = EvaluationWindows(starts, length, overlap)
+    rows = (windows.spans(row, 0) for row in range(windows.num_rows))
+    batch_size = round_up(min(batch_size, windows.num_rows), run.layout.size("batch"))
+
+    @jax.jit
+    def loss(weights, batch):
+        with use_layout(run.layout):
+            return pretrain.loss(run.spec.merge(weights), batch, dropout=None)
+
+    nats = weight = 0.0
+    for batch in _batches(rows, tokens, length, batch_size):
+        placed = Batch(*(jax.device_put(leaf, run.layout.sharding("batch", "length")) for leaf in batch))
+        result = loss(run.weights, placed)
+        nats, weight = nats + float(result.total), weight + float(result.weight)
+    characters, size = sum(map(len, documents)), sum(len(text.encode()) for text in documents)
+    return Score(nats, round(weight), characters, size, len(documents))
+
+
+def _tokens(documents: list[str], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """The documents end to end, each bos, text, eos as in training; and where each begins, and the end of all."""
+    start = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
+    end = [tokenizer.eos_id] if tokenizer.eos_id is not None else []
+    ids = [[*start, *row, *end] for row in tokenizer.encode_batch(documents)]
+    starts = np.cumsum([0, *map(len, ids)])
+    return np.fromiter(itertools.chain.from_iterable(ids), np.int32, count=int(starts[-1])), starts
+
+
+def _batches(rows: Iterator[list[Span]], tokens: np.ndarray, length: int, batch_size: int) -> Iterator[Batch]:
+    while spans := list(itertools.islice(rows, batch_size)):
+        filled = [fill_row(lambda start, n: tokens[start : start + n], row, length, 0) for row in spans]
+        filled += [empty_row(length, 0)] * (batch_size - len(filled))
+        yield Batch(*map(np.stack, zip(*filled, strict=True)))

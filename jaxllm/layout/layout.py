@@ -1,0 +1,177 @@
+"""A layout in use: a mesh, a rules table and how the state lies on them. Everything that names a place asks it.
+
+The layout in use is the only global state of jaxllm: `with use_layout(layout):` around whatever is traced. Without
+one, `constrain` and its kin do nothing, and the same model code runs on one device.
+"""
+
+import contextlib
+import contextvars
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from jaxllm.config import one_of
+from jaxllm.errors import UserError
+from jaxllm.layout.config import LayoutConfig, MeshConfig
+from jaxllm.layout.mesh import make_mesh
+from jaxllm.layout.rules import Rules, describe, make_rules
+
+REMAT = ("none", "selective", "full")
+Axes = tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to lay a model on devices. Hashable, so that compiled functions can be kept by layout."""
+
+    mesh: Mesh
+    rules: Rules
+    zero_stage: int = 1
+    num_microbatches: int = 1
+    remat: str = "none"
+    scan_layers: bool = True
+    attention: str = "auto"
+    reduce_dtype: str = "float32"  # of the gradients' reduction over devices
+
+    def mesh_axes(self, logical_axis: str | None) -> tuple[str, ...]:
+        """The mesh axes that really split `logical_axis`: those of size 1 are left out."""
+        return tuple(axis for axis in self.rules.mesh_axes(logical_axis) if self.mesh.shape[axis] > 1)
+
+    def size(self, logical_axis: str) -> int:
+        """Into how many parts `logical_axis` is split."""
+        return math.prod(self.mesh.shape[axis] for axis in self.mesh_axes(logical_axis))
+
+    def spec(self, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> P:
+        """Where a tensor with these logical axes lives while it is computed with.
+
+        With `shape`, an axis that its mesh axes do not divide stays whole (kv_heads fewer than `model`, say).
+
+        Raises:
+          UserError: two of the axes are split over the same mesh axis.
+        """
+        parts, used = [], {}
+        for position, axis in enumerate(axes):
+            mesh_axes = self.mesh_axes(axis)
+            if shape is not None and shape[position] % self.size(axis):
+                mesh_axes = ()
+            for mesh_axis in mesh_axes:
+                if mesh_axis in used:
+                    raise UserError(
+                        f"layout rules split both '{used[mesh_axis]}' and '{axis}' of a tensor {describe(axes)} over "
+                        f"mesh axis '{mesh_axis}'. Give one of them another mesh axis, or none "
+                        f"(--config.layout.rule_overrides={axis}=none)."
+                    )
+                used[mesh_axis] = axis
+            parts.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None)
+        return P(*parts)
+
+    def sharding(self, *axes: str | None) -> NamedSharding:
+        """The sharding of an activation or a batch with these logical axes."""
+        return NamedSharding(self.mesh, self.spec(axes))
+
+
+def make_layout(
+    mesh: MeshConfig,
+    layout: LayoutConfig,
+    *,
+    reduce_dtype: str = "float32",
+    devices: Sequence[jax.Device] | None = None,
+) -> Layout:
+    """Reads a layout from its two config groups.
+
+    Raises:
+      UserError: a mesh that does not fit the devices, an unknown rule, a zero_stage or remat policy there is not.
+    """
+    if layout.zero_stage not in range(4):
+        raise UserError(f"config.layout.zero_stage={layout.zero_stage} must be 0, 1, 2 or 3.")
+    if layout.num_microbatches < 1:
+        raise UserError(f"config.layout.num_microbatches={layout.num_microbatches} must be 1 or more.")
+    one_of("config.layout.remat", layout.remat, REMAT)
+    return Layout(
+        mesh=make_mesh(mesh, devices),
+        rules=make_rules(layout.rules, layout.rule_overrides, sequence_parallel=layout.sequence_parallel),
+        zero_stage=layout.zero_stage,
+        num_microbatches=layout.num_microbatches,
+        remat=layout.remat,
+        scan_layers=layout.scan_layers,
+        attention=layout.attention,
+        reduce_dtype=reduce_dtype,
+    )
+
+
+_current: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
+
+
+@contextlib.contextmanager
+def use_layout(layout: Layout | None) -> Iterator[None]:
+    """Makes `layout` the one that everything traced inside is laid out by."""
+    token = _current.set(layout)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current_layout() -> Layout | None:
+    """The layout in use, or None on one device."""
+    layout = _current.get()
+    return layout if layout is not None and layout.mesh.size > 1 else None
+
+
+def chosen_layout() -> Layout | None:
+    """The layout in use, on one device too: what asks for its remat policy and the like."""
+    return _current.get()
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Pins an activation, and its gradient, to where its logical axes live. A no-op on one device."""
+    return reshard(x, axes, axes)
+
+
+def reshard(x: Array, forward: Axes, backward: Axes) -> Array:
+    """Pins an activation to where the axes `forward` live, and its gradient to where `backward` live.
+
+    Two different answers are what sequence parallelism needs: an activation gathered over the sequence has a gradient
+    that is reduce-scattered over it (g of Korthikanti et al. 2022), and the other way round.
+    """
+    layout = current_layout()
+    return x if layout is None else _reshard(layout, forward, backward, x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _reshard(layout: Layout, forward: Axes, backward: Axes, x: Array) -> Array:
+    return pin(x, layout, layout.spec(forward, x.shape))
+
+
+def _reshard_forward(layout, forward, backward, x):
+    return _reshard(layout, forward, backward, x), None
+
+
+def _reshard_backward(layout, forward, backward, _, gradient):
+    return (pin(gradient, layout, layout.spec(backward, gradient.shape)),)
+
+
+_reshard.defvjp(_reshard_forward, _reshard_backward)
+
+
+def pin(x: Array, layout: Layout, spec: P) -> Array:
+    """`x` with the sharding `spec`, inside a traced function."""
+    return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
+
+
+def local_size(layout: Layout | None, axes: Axes, shape: Sequence[int]) -> int:
+    """Elements a device holds of an activation with these logical axes."""
+    parts = 1 if layout is None else math.prod(layout.size(axis) for axis in axes if axis)
+    return math.ceil(math.prod(shape) / parts)
+
+
+def as_dtype(name: str) -> jnp.dtype:
+    """The dtype of a config field such as `precision.compute`."""
+    return jnp.dtype(name)

@@ -1,0 +1,233 @@
+"""The vocabulary over the mesh: embedding lookup and cross-entropy with the table split by rows (Shoeybi et al. 2019).
+
+Both are written out for one device's shard and run under `shard_map`, so that the traffic is what the page says: the
+lookup sums one activation over the vocabulary's mesh axes; the loss sums three numbers a token. A vocabulary that those
+axes do not divide is padded with rows that no token has and that no probability reaches.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from jaxllm.layout import zero
+from jaxllm.layout.layout import Layout, current_layout, pin
+
+TABLE = ("vocab", "embed")
+# Float32 logits that a device holds at a time while it computes the loss.
+LOGITS_BYTES = 2**28
+
+
+class _Place:
+    """What one device needs to know: the mesh axes of the vocabulary and of the batch, and its rows of the table."""
+
+    def __init__(self, layout: Layout | None, vocab_size: int):
+        self.layout, self.vocab_size = layout, vocab_size
+        self.vocab_axes = layout.mesh_axes("vocab") if layout else ()
+        self.batch_axes = layout.mesh_axes("batch") if layout else ()
+        self.length_axes = layout.mesh_axes("length") if layout else ()
+        self.token_axes = (*self.batch_axes, *self.length_axes)
+        shards = layout.size("vocab") if layout else 1
+        self.padded_size = math.ceil(vocab_size / shards) * shards
+        self.rows = self.padded_size // shards
+
+    def first_row(self) -> Array | int:
+        return jax.lax.axis_index(self.vocab_axes) * self.rows if self.vocab_axes else 0
+
+    def table_spec(self) -> P:
+        return P(self.vocab_axes or None, None)
+
+    def tokens_spec(self, *rest: None) -> P:
+        return P(self.batch_axes or None, self.length_axes or None, *rest)
+
+    def sum_vocab(self, x: Array) -> Array:
+        return jax.lax.psum(x, self.vocab_axes) if self.vocab_axes else x
+
+    def max_vocab(self, x: Array) -> Array:
+        return jax.lax.pmax(x, self.vocab_axes) if self.vocab_axes else x
+
+    def run(self, local: Callable, in_specs: Any, out_specs: Any, *args: Array) -> Any:
+        if self.layout is None:
+            return local(*args)
+        mapped = jax.shard_map(local, mesh=self.layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return mapped(*args)
+
+    def pad(self, table: Array) -> Array:
+        """The table whole but for its vocabulary, with rows added until the vocabulary's mesh axes divide it."""
+        if self.padded_size > self.vocab_size:
+            table = jnp.pad(table, ((0, self.padded_size - self.vocab_size), (0, 0)))
+        return table if self.layout is None else pin(table, self.layout, self.table_spec())
+
+    def reduce_spec(self, embed_dim: int) -> P:
+        """Where the gradient of the padded table is reduced to: with ZeRO 2 and 3 scattered along `embed`."""
+        if self.layout is None or self.layout.zero_stage < 2:
+            return self.table_spec()
+        axes = [a for a in self.layout.mesh_axes("state") if a in self.token_axes]
+        scattered = [a for a in axes if embed_dim % self.layout.mesh.shape[a] == 0][:1]
+        return P(self.vocab_axes or None, *(scattered or [None]))
+
+    def reduce_table(self, gradient: Array) -> Array:
+        """Sums a device's gradient of its rows over all devices that hold other tokens."""
+        scattered = self.reduce_spec(gradient.shape[1])[1] if self.layout is not None else None
+        summed = tuple(axis for axis in self.token_axes if axis != scattered)
+        if scattered:
+            gradient = jax.lax.psum_scatter(gradient, scattered, scatter_dimension=1, tiled=True)
+        return jax.lax.psum(gradient, summed) if summed else gradient
+
+    def finish_table(self, gradient: Array, dtype: jnp.dtype) -> Array:
+        """The padded table's gradient as that of the table itself."""
+        return zero.reduce_gradient(self.layout, gradient[: self.vocab_size], TABLE, dtype)
+
+
+def lookup(
+    table: Float[Array, "vocab embed"], tokens: Int[Array, "batch length"], dtype: jnp.dtype
+) -> Float[Array, "batch length embed"]:
+    """Rows of the embedding table, in `dtype`. Token ids must lie in the vocabulary."""
+    return _lookup(current_layout(), jnp.dtype(dtype).name, table.shape[0], table.dtype.name, table, tokens)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _lookup(layout, dtype, vocab_size, table_dtype, table, tokens):
+    place = _Place(layout, vocab_size)
+
+    def local(table, tokens):
+        row = tokens - place.first_row()
+        if not place.vocab_axes:
+            return table[row].astype(dtype)
+        found = (row >= 0) & (row < place.rows)
+        picked = jnp.where(found[..., None], table[jnp.where(found, row, 0)], 0).astype(dtype)
+        return place.sum_vocab(picked)
+
+    specs = (place.table_spec(), place.tokens_spec())
+    return place.run(local, specs, place.tokens_spec(None), place.pad(table), tokens)
+
+
+def _lookup_forward(layout, dtype, vocab_size, table_dtype, table, tokens):
+    return _lookup(layout, dtype, vocab_size, table_dtype, table, tokens), tokens
+
+
+def _lookup_backward(layout, dtype, vocab_size, table_dtype, tokens, gradient):
+    place = _Place(layout, vocab_size)
+
+    def local(gradient, tokens):
+        row = tokens - place.first_row()
+        row = jnp.where((row >= 0) & (row < place.rows), row, place.rows)  # out of bounds: dropped
+        zeros = jnp.zeros((place.rows, gradient.shape[-1]), jnp.float32)
+        return place.reduce_table(zeros.at[row].add(gradient.astype(jnp.float32), mode="drop"))
+
+    specs = (place.tokens_spec(None), place.tokens_spec())
+    d_table = place.run(local, specs, place.reduce_spec(gradient.shape[-1]), gradient, tokens)
+    return place.finish_table(d_table, jnp.dtype(table_dtype)), None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+def cross_entropy(
+    hidden: Float[Array, "batch length embed"],
+    table: Float[Array, "vocab embed"],
+    targets: Int[Array, "batch length"],
+    weights: Float[Array, "batch length"],
+    z_loss: float = 0.0,
+) -> Float[Array, ""]:
+    """Sum over tokens of weight * (-log softmax(hidden @ table.T)[target] + z_loss * log(Z)^2), in float32.
+
+    The logits are computed a chunk of the sequence at a time, and the gradients in the same pass as the loss, so that
+    `[batch, length, vocab]` never exists and no logit is computed twice. z-loss: Chowdhery et al. 2022 (PaLM), section 5.
+
+    Args:
+      hidden: the last activations, any float dtype.
+      table: the head, rows by token; matmuls are in the dtype of `hidden`.
+      targets: token ids.
+      weights: float32; 0 leaves a token out.
+    """
+    return _cross_entropy(current_layout(), table.shape[0], z_loss, hidden, table, targets, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _cross_entropy(layout, vocab_size, z_loss, hidden, table, targets, weights):
+    return _run_loss(layout, vocab_size, z_loss, hidden, table, targets, weights, gradients=False)[0]
+
+
+def _cross_entropy_forward(layout, vocab_size, z_loss, hidden, table, targets, weights):
+    loss, d_hidden, d_table = _run_loss(layout, vocab_size, z_loss, hidden, table, targets, weights, gradients=True)
+    return loss, (d_hidden, d_table.astype(table.dtype))
+
+
+def _cross_entropy_backward(layout, vocab_size, z_loss, residuals, gradient):
+    d_hidden, d_table = residuals
+    scale = lambda d: (d.astype(jnp.float32) * gradient).astype(d.dtype)  # noqa: E731
+    return scale(d_hidden), scale(d_table), None, None
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _run_loss(layout, vocab_size, z_loss, hidden, table, targets, weights, *, gradients: bool):
+    place = _Place(layout, vocab_size)
+
+    def local(hidden, table, targets, weights):
+        return _local_loss(place, z_loss, hidden, table, targets, weights, gradients)
+
+    tokens = place.tokens_spec()
+    specs = (place.tokens_spec(None), place.table_spec(), tokens, tokens)
+    outputs = (P(), place.tokens_spec(None), place.reduce_spec(hidden.shape[-1])) if gradients else (P(), None, None)
+    table = place.pad(table.astype(hidden.dtype))
+    loss, d_hidden, d_table = place.run(local, specs, outputs, hidden, table, targets, weights)
+    if gradients:
+        d_table = place.finish_table(d_table, jnp.float32)
+    return loss, d_hidden, d_table
+
+
+def _local_loss(place: _Place, z_loss: float, hidden, table, targets, weights, gradients: bool):
+    """The loss of one device's tokens, with gradients for its tokens and for its rows of the table."""
+    batch, length, embed = hidden.shape
+    chunk = _chunk_length(batch, length, table.shape[0])
+    rows = place.first_row() + jnp.arange(table.shape[0])
+
+    def one_chunk(carry, inputs):
+        loss, d_table = carry
+        hidden, targets, weights = inputs
+        logits = jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
+        if place.padded_size > place.vocab_size:
+            logits = jnp.where(rows < place.vocab_size, logits, -jnp.inf)
+        top = place.max_vocab(logits.max(-1, keepdims=True))
+        exps = jnp.exp(logits - top)
+        total = place.sum_vocab(exps.sum(-1, keepdims=True))
+        is_target = rows == targets[..., None]
+        log_z = (jnp.log(total) + top)[..., 0]
+        target_logit = place.sum_vocab(jnp.where(is_target, logits, 0).sum(-1))
+        loss += jnp.sum(weights * (log_z - target_logit + z_loss * log_z**2))
+        if not gradients:
+            return (loss, d_table), None
+        scale = weights * (1 + 2 * z_loss * log_z)
+        d_logits = exps * (scale[..., None] / total) - jnp.where(is_target, weights[..., None], 0)
+        d_logits = d_logits.astype(hidden.dtype)
+        d_hidden = jnp.einsum("btv,vd->btd", d_logits, table, preferred_element_type=jnp.float32)
+        d_table += jnp.einsum("btv,btd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
+        return (loss, d_table), place.sum_vocab(d_hidden.astype(hidden.dtype))
+
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(table.shape, jnp.float32) if gradients else None)
+    split = lambda a: a.reshape(batch, length // chunk, chunk, *a.shape[2:]).swapaxes(0, 1)  # noqa: E731
+    if chunk == length:
+        (loss, d_table), d_hidden = one_chunk(start, (hidden, targets, weights))
+    else:
+        (loss, d_table), d_hidden = jax.lax.scan(one_chunk, start, (split(hidden), split(targets), split(weights)))
+    if place.token_axes:
+        loss = jax.lax.psum(loss, place.token_axes)
+    if not gradients:
+        return loss, None, None
+    if chunk < length:
+        d_hidden = d_hidden.swapaxes(0, 1).reshape(batch, length, embed)
+    return loss, d_hidden, place.reduce_table(d_table)
+
+
+def _chunk_length(batch: int, length: int, vocab: int) -> int:
+    """The longest divisor of `length` whose logits fit in LOGITS_BYTES."""
+    limit = max(1, LOGITS_BYTES // (4 * batch * vocab))
+    return max(chunk for chunk in range(1, length + 1) if length % chunk == 0 and chunk <= max(limit, 1))

@@ -1,0 +1,104 @@
+"""ZeRO is a matter of when the weights are gathered (Rajbhandari et al. 2020).
+
+| stage | weights for compute            | gradients                            | state (master weights, optimizer) |
+| ----- | ------------------------------ | ------------------------------------ | --------------------------------- |
+| 0     | replicated                     | all-reduced                          | replicated                        |
+| 1     | gathered once a step           | all-reduced, then sliced             | sharded                           |
+| 2     | gathered once a step           | reduce-scattered each microbatch     | sharded                           |
+| 3     | gathered at use, dropped after | reduce-scattered each microbatch     | sharded                           |
+
+Each column is one sharding: `compute_spec`, `gradient_spec`, `state_spec`. The rules row `state` says over which mesh
+axes "sharded" means.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from jaxllm.layout.layout import Layout, pin
+
+# Stage 3 gathers tensors below this many elements a layer once a step, like stage 2: a norm's scale is not worth a
+# collective in every layer. The name for it in DeepSpeed is the parameter persistence threshold.
+SMALL = 32_768
+
+
+def compute_spec(layout: Layout, axes: Sequence[str | None], shape: Sequence[int]) -> P:
+    """Where a weight lives while it is computed with: whole but for tensor parallelism."""
+    return layout.spec(axes, shape)
+
+
+def state_spec(layout: Layout, axes: Sequence[str | None], shape: Sequence[int]) -> P:
+    """Where a master weight and its optimizer moments live at rest.
+
+    From stage 1 on the mesh axes of the rules row `state` are laid over the largest dimension that they divide, the
+    stacked `layers` excepted, so that one layer can be gathered alone. A mesh axis that the compute sharding wanted but
+    that does not divide its dimension (a vocabulary of odd size over `model`) finds its place here in the same way.
+    """
+    parts = [_tuple(part) for part in compute_spec(layout, axes, shape)]
+    used = {axis for part in parts for axis in part}
+    wanted = [axis for name in axes for axis in layout.mesh_axes(name)]
+    spread = [*layout.mesh_axes("state"), *wanted] if layout.zero_stage else []
+    for mesh_axis in dict.fromkeys(spread):
+        if mesh_axis not in used:
+            _place(layout, axes, shape, parts, mesh_axis)
+    return P(*[part if len(part) > 1 else part[0] if part else None for part in parts])
+
+
+def _place(layout: Layout, axes, shape, parts: list[tuple[str, ...]], mesh_axis: str) -> None:
+    """Adds `mesh_axis` to the best dimension: one that nothing splits yet, the largest, if it divides."""
+
+    def local(i: int) -> int:
+        return shape[i] // math.prod(layout.mesh.shape[axis] for axis in parts[i])
+
+    fitting = [i for i, name in enumerate(axes) if name != "layers" and local(i) % layout.mesh.shape[mesh_axis] == 0]
+    if fitting:
+        best = max(fitting, key=lambda i: (not parts[i], local(i)))
+        parts[best] = (*parts[best], mesh_axis)
+
+
+def _tuple(part) -> tuple[str, ...]:
+    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
+
+
+def gradient_spec(layout: Layout, axes: Sequence[str | None], shape: Sequence[int]) -> P:
+    """Where a gradient is accumulated."""
+    place = state_spec if layout.zero_stage >= 2 else compute_spec
+    return place(layout, axes, shape)
+
+
+def is_gathered_at_use(layout: Layout, axes: Sequence[str | None], shape: Sequence[int]) -> bool:
+    """True for the weights that stage 3 gathers layer by layer."""
+    elements = math.prod(size for name, size in zip(axes, shape, strict=True) if name != "layers")
+    return layout.zero_stage == 3 and elements >= SMALL
+
+
+def gather_for_step(layout: Layout | None, w: Array, axes: Sequence[str | None], dtype: jnp.dtype) -> Array:
+    """A master weight as the step computes with it: cast first, then gathered, so that gathers travel in `dtype`."""
+    at_rest = w.astype(dtype)
+    if layout is None:
+        return at_rest
+    at_rest = pin(at_rest, layout, state_spec(layout, axes, w.shape))
+    if is_gathered_at_use(layout, axes, w.shape):
+        return at_rest
+    return pin(at_rest, layout, compute_spec(layout, axes, w.shape))
+
+
+def gather_for_use(layout: Layout | None, w: Array, axes: Sequence[str | None]) -> Array:
+    """A weight whole but for tensor parallelism, just before it is multiplied with. Only stage 3 has work to do."""
+    return w if layout is None else pin(w, layout, compute_spec(layout, axes, w.shape))
+
+
+def reduce_gradient(layout: Layout | None, g: Array, axes: Sequence[str | None], dtype: jnp.dtype) -> Array:
+    """The gradient of a weight, summed over the devices in the precision it comes in, then in the weight's `dtype`."""
+    if layout is not None:
+        g = pin(g, layout, gradient_spec(layout, axes, g.shape))
+    return g.astype(dtype)
+
+
+def barrier(*arrays: Array) -> tuple[Array, ...]:
+    """Keeps XLA from merging a gather of the backward pass with that of the forward pass, which would keep it alive."""
+    return jax.lax.optimization_barrier(arrays)

@@ -1,0 +1,78 @@
+"""Self-attention: MHA, GQA (Ainslie et al. 2023) and MQA (Shazeer 2019) are one thing with num_kv_heads."""
+
+import math
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxllm.layout.layout import constrain
+from jaxllm.model.attention_backends import cached_attention, causal_attention
+from jaxllm.model.config import ModelConfig
+from jaxllm.model.dropout import DropoutKey
+from jaxllm.model.linear import Linear, apply_together
+from jaxllm.model.positions import Rotation, rotate
+
+
+class LayerCache(NamedTuple):
+    """One layer's part of a KV cache (model/cache.py)."""
+
+    keys: Float[Array, "batch slots kv_heads head_dim"]
+    values: Float[Array, "batch slots kv_heads head_dim"]
+
+
+class CacheSlots(NamedTuple):
+    """What the layers of a KV cache share: the segment of every slot, new tokens included, and where those begin."""
+
+    segment_ids: Int[Array, "batch slots"]
+    first: Int[Array, ""]
+
+
+class Attention(nnx.Module):
+    """Projections around causal attention."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.dropout_rate = config.attention_dropout
+        embed, head_dim = config.embed_dim, config.head_dim
+
+        def project(heads: str, num_heads: int) -> Linear:
+            bias_axes = (heads, "head_dim") if config.use_bias else None
+            axes, shape = ("embed", heads, "head_dim"), (embed, num_heads, head_dim)
+            return Linear("btd,dnh->btnh", axes, shape, bias_axes=bias_axes, std=config.init_std, rngs=rngs)
+
+        self.query = project("heads", config.num_heads)
+        self.key = project("kv_heads", config.num_kv_heads)
+        self.value = project("kv_heads", config.num_kv_heads)
+        self.out = Linear(
+            "btnh,nhd->btd",
+            ("heads", "head_dim", "embed"),
+            (config.num_heads, head_dim, embed),
+            bias_axes=("embed",) if config.use_bias else None,
+            std=config.init_std / math.sqrt(2 * config.num_layers),  # Radford et al. 2019, section 2.3
+            rngs=rngs,
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "batch length embed"],
+        segment_ids: Int[Array, "batch length"] | None,
+        rotation: Rotation | None,
+        *,
+        dropout: DropoutKey | None = None,
+        cache: LayerCache | None = None,
+        slots: CacheSlots | None = None,
+    ) -> tuple[Float[Array, "batch length embed"], LayerCache | None]:
+        query, key, value = apply_together(x, [self.query, self.key, self.value])
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        query = constrain(query, "batch", "length", "heads", "head_dim")
+        key, value = (constrain(a, "batch", "length", "kv_heads", "head_dim") for a in (key, value))
+        if cache is None:
+            rate, stream = self.dropout_rate, dropout.fold("attention") if dropout else None
+            output = causal_attention(query, key, value, segment_ids, dropout_rate=rate, dropout_key=stream)
+        else:
+            write = lambda all, new: jax.lax.dynamic_update_slice_in_dim(all, new, slots.first, axis=1)  # noqa: E731
+            cache = LayerCache(write(cache.keys, key), write(cache.values, value))
+            output = cached_attention(query, cache.keys, cache.values, segment_ids, slots.segment_ids, slots.first)
+        return self.out(output), cache

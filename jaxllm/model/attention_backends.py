@@ -1,0 +1,242 @@
+"""Causal attention of packed documents, by two backends that must agree.
+
+`xla` is written here: a few blocks of queries, each against the keys up to its own end, so that the upper triangle is
+never computed, with the softmax recomputed in the backward pass from its log-normaliser (Dao et al. 2022). `cudnn` is
+NVIDIA's fused kernel; packed documents go in as offsets, which needs a Hopper GPU or later.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from jaxllm.config import one_of
+from jaxllm.errors import UserError
+from jaxllm.layout.layout import Layout, chosen_layout, constrain, current_layout
+from jaxllm.model.dropout import DropoutKey, keep_mask
+
+BACKENDS = ("xla", "cudnn")
+QUERY_AXES = ("batch", "length", "heads", "head_dim")
+KEY_AXES = ("batch", "length", "kv_heads", "head_dim")
+# Documents a row that the packed kernel is compiled for. More would be wrong, so they give NaN: never silently less.
+MAX_DOCUMENTS = 128
+MAX_QUERY_BLOCKS = 8
+MIN_QUERY_BLOCK = 64
+MASKED = -1e30  # a logit whose exponential is 0; not -inf, so that a row with nothing to attend stays finite
+
+
+def choose_backend(name: str, platform: str, *, compute: str, dropout: float) -> str:
+    """The backend that `config.layout.attention=name` means on a platform ("cpu", "gpu").
+
+    Raises:
+      UserError: an unknown name, or cudnn where it cannot run.
+    """
+    if name != "auto":
+        one_of("config.layout.attention", name, ("auto", *BACKENDS))
+    runs = platform == "gpu" and compute in ("bfloat16", "float16") and not dropout
+    if name == "cudnn" and not runs:
+        raise UserError(
+            "config.layout.attention='cudnn' needs a GPU, bfloat16 or float16 compute and attention_dropout=0 "
+            f"(here: {platform}, {compute}, {dropout}). Use 'xla' or 'auto'."
+        )
+    return ("cudnn" if runs else "xla") if name == "auto" else name
+
+
+def causal_attention(
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch length kv_heads head_dim"],
+    value: Float[Array, "batch length kv_heads head_dim"],
+    segment_ids: Int[Array, "batch length"] | None,
+    *,
+    dropout_rate: float = 0.0,
+    dropout_key: DropoutKey | None = None,
+) -> Float[Array, "batch length heads head_dim"]:
+    """softmax(query key^T / sqrt(head_dim)) value over the earlier tokens of the same segment, by the chosen backend."""
+    layout = chosen_layout()
+    name = layout.attention if layout else "xla"
+    if name == "auto":
+        name = choose_backend(name, jax.default_backend(), compute=query.dtype.name, dropout=dropout_rate)
+    if layout and key.shape[2] % layout.size("heads"):  # fewer key heads than parts: each part gets those it needs
+        repeats = query.shape[2] // key.shape[2]
+        key, value = (constrain(jnp.repeat(a, repeats, axis=2), *QUERY_AXES) for a in (key, value))
+    if name == "cudnn":
+        return checkpoint_name(_cudnn(current_layout(), query, key, value, segment_ids), "attention")
+    key_rows = dropout_key.rows if dropout_key is not None and dropout_rate else None
+    return _flash(dropout_rate, query, key, value, segment_ids, key_rows)
+
+
+def cached_attention(
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch slots kv_heads head_dim"],
+    value: Float[Array, "batch slots kv_heads head_dim"],
+    query_segments: Int[Array, "batch length"],
+    slot_segments: Int[Array, "batch slots"],
+    first_slot: Int[Array, ""],
+) -> Float[Array, "batch length heads head_dim"]:
+    """Attention of new tokens, which lie in the slots from `first_slot` on, to all slots filled up to each."""
+    batch, length, heads, head_dim = query.shape
+    groups = heads // key.shape[2]
+    grouped = query.reshape(batch, length, key.shape[2], groups, head_dim)
+    logits = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32) / math.sqrt(head_dim)
+    slots = jnp.arange(key.shape[1])
+    visible = slots <= (first_slot + jnp.arange(length))[:, None]
+    visible = visible & (query_segments[:, :, None] == slot_segments[:, None, :])
+    logits = jnp.where(visible[:, None, None], logits, MASKED)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
+
+
+# --- xla ---------------------------------------------------------------------------------------------------------
+
+
+def query_blocks(length: int) -> list[tuple[int, int]]:
+    """Start and end of the blocks of queries: a few, so that the program stays small."""
+    size = max(MIN_QUERY_BLOCK, math.ceil(length / MAX_QUERY_BLOCKS))
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _flash(dropout_rate, query, key, value, segment_ids, key_rows):
+    return _flash_forward(dropout_rate, query, key, value, segment_ids, key_rows)[0]
+
+
+def _flash_forward(dropout_rate, query, key, value, segment_ids, key_rows):
+    q, k, v = _heads_first(query, key, value)
+    outputs, normalisers = [], []
+    for start, end in query_blocks(query.shape[1]):
+        logits = _block_logits(q[:, :, :, start:end], k[:, :, :end], segment_ids, start, end)
+        top = logits.max(-1, keepdims=True)
+        exps = jnp.exp(logits - top)
+        total = exps.sum(-1, keepdims=True)
+        weights = _drop(exps, dropout_rate, key_rows, start).astype(value.dtype)
+        output = jnp.einsum("bkgts,bksh->bkgth", weights, v[:, :, :end], preferred_element_type=jnp.float32)
+        outputs.append((output / total).astype(query.dtype))
+        normalisers.append((top + jnp.log(total))[..., 0])
+    output = checkpoint_name(_tokens_first(jnp.concatenate(outputs, axis=3), query.shape), "attention")
+    output = constrain(output, *QUERY_AXES)
+    log_z = checkpoint_name(jnp.concatenate(normalisers, axis=3), "attention_statistics")
+    return output, (query, key, value, segment_ids, key_rows, output, log_z)
+
+
+def _flash_backward(dropout_rate, residuals, d_output):
+    query, key, value, segment_ids, key_rows, output, log_z = residuals
+    q, k, v = _heads_first(query, key, value)
+    groups = q.shape[2]
+    d_out = _group(d_output, groups)
+    delta = jnp.sum(d_out.astype(jnp.float32) * _group(output, groups).astype(jnp.float32), -1, keepdims=True)
+    d_query, d_key, d_value = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    scale = 1 / math.sqrt(q.shape[-1])
+    for start, end in query_blocks(query.shape[1]):
+        rows = slice(start, end)
+        logits = _block_logits(q[:, :, :, rows], k[:, :, :end], segment_ids, start, end)
+        weights = jnp.exp(logits - log_z[:, :, :, rows, None])
+        d_weights = jnp.einsum(
+            "bkgth,bksh->bkgts", d_out[:, :, :, rows], v[:, :, :end], preferred_element_type=jnp.float32
+        )
+        d_weights = _drop(d_weights, dropout_rate, key_rows, start)
+        d_logits = (weights * (d_weights - delta[:, :, :, rows]) * scale).astype(q.dtype)
+        dropped = _drop(weights, dropout_rate, key_rows, start).astype(q.dtype)
+        d_query.append(jnp.einsum("bkgts,bksh->bkgth", d_logits, k[:, :, :end]))
+        d_key = d_key.at[:, :, :end].add(jnp.einsum("bkgts,bkgth->bksh", d_logits, q[:, :, :, rows]))
+        d_value = d_value.at[:, :, :end].add(jnp.einsum("bkgts,bkgth->bksh", dropped, d_out[:, :, :, rows]))
+    d_query = _tokens_first(jnp.concatenate(d_query, axis=3), query.shape)
+    d_key, d_value = (a.swapaxes(1, 2).astype(key.dtype) for a in (d_key, d_value))
+    axes = QUERY_AXES if groups == 1 else KEY_AXES
+    return constrain(d_query, *QUERY_AXES), constrain(d_key, *axes), constrain(d_value, *axes), None, None
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
+
+
+def _heads_first(query, key, value):
+    groups = query.shape[2] // key.shape[2]
+    return _group(query, groups), key.swapaxes(1, 2), value.swapaxes(1, 2)
+
+
+def _group(x: Array, groups: int) -> Float[Array, "batch kv_heads groups length head_dim"]:
+    """Query heads beside the key head that they share."""
+    batch, length, heads, head_dim = x.shape
+    return x.reshape(batch, length, heads // groups, groups, head_dim).transpose(0, 2, 3, 1, 4)
+
+
+def _tokens_first(x: Array, shape: tuple[int, ...]) -> Array:
+    return x.transpose(0, 3, 1, 2, 4).reshape(shape)
+
+
+def _block_logits(q: Array, k: Array, segment_ids: Array | None, start: int, end: int) -> Float[Array, "b k g t s"]:
+    logits = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    visible = jnp.arange(start, end)[:, None] >= jnp.arange(end)
+    if segment_ids is not None:
+        same = segment_ids[:, start:end, None] == segment_ids[:, None, :end]
+        visible = (visible & same)[:, None, None]
+    return jnp.where(visible, logits, MASKED)
+
+
+def _drop(x: Array, rate: float, key_rows: Array | None, start: int) -> Array:
+    """Dropout on attention weights [batch, kv_heads, groups, queries, keys], whose first query is number `start`."""
+    if key_rows is None or rate == 0:
+        return x
+    batch, kv_heads, groups, queries, keys = x.shape
+    shape = (batch, queries, kv_heads * groups, keys)
+    keep = keep_mask(DropoutKey(key_rows), shape, rate, offset=start)
+    keep = keep.reshape(batch, queries, kv_heads, groups, keys).transpose(0, 2, 3, 1, 4)
+    return jnp.where(keep, x / (1 - rate), 0)
+
+
+# --- cudnn -------------------------------------------------------------------------------------------------------
+
+
+def _cudnn(layout: Layout | None, query, key, value, segment_ids):
+    """cuDNN attention on each device's rows and heads; its own partitioning rule does not hold in every context."""
+    if layout is None:
+        return _cudnn_local(query, key, value, segment_ids)
+    heads, keys = layout.spec(QUERY_AXES), layout.spec(KEY_AXES, key.shape)
+    keys = heads if key.shape[2] == query.shape[2] else keys
+    rows = P(*layout.spec(("batch", "length")))
+    specs = (heads, keys, keys) if segment_ids is None else (heads, keys, keys, rows)
+    local = jax.shard_map(_cudnn_local, mesh=layout.mesh, in_specs=specs, out_specs=heads, check_vma=False)
+    return local(query, key, value) if segment_ids is None else local(query, key, value, segment_ids)
+
+
+def _cudnn_local(query, key, value, segment_ids=None):
+    if segment_ids is None:
+        return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    # The packed kernel takes its key stride from the query heads, so grouped keys are repeated.
+    repeats = query.shape[2] // key.shape[2]
+    key, value = (jnp.repeat(a, repeats, axis=2) for a in (key, value))
+    lengths, offsets, fits = document_offsets(segment_ids, MAX_DOCUMENTS)
+    output = dot_product_attention(
+        query,
+        key,
+        value,
+        q_seqlen=lengths,
+        kv_seqlen=lengths,
+        q_offsets=offsets,
+        kv_offsets=offsets,
+        scale=1 / math.sqrt(query.shape[-1]),
+        mask_type=MaskType.PADDING_CAUSAL,
+    )
+    return jnp.where(fits, output, jnp.nan)
+
+
+def document_offsets(
+    segment_ids: Int[Array, "batch length"], most: int
+) -> tuple[Int[Array, "batch most"], Int[Array, "batch most+1"], Array]:
+    """Lengths and offsets of each row's runs of equal segment ids, -1 where there are no more; and whether all fit."""
+    batch, length = segment_ids.shape
+    starts = jnp.concatenate([jnp.ones((batch, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+    first = jax.vmap(lambda row: jnp.nonzero(row, size=most, fill_value=length)[0])(starts)
+    after = jnp.concatenate([first[:, 1:], jnp.full((batch, 1), length)], axis=1)
+    used = first < length
+    lengths = jnp.where(used, after - first, -1).astype(jnp.int32)
+    ends = jnp.where(used[:, -1:], length, -1)
+    offsets = jnp.concatenate([jnp.where(used, first, -1), ends], axis=1)
+    number = used.sum(1, keepdims=True)
+    offsets = jnp.where(jnp.arange(most + 1) == number, length, offsets).astype(jnp.int32)
+    return lengths, offsets, jnp.all(starts.sum(1) <= most)

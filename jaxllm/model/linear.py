@@ -1,0 +1,54 @@
+"""Linear maps between named axes, the only kind of matrix in a block."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from jaxllm.layout.weights import small_weight, weight_einsums
+
+
+class Linear(nnx.Module):
+    """`einsum(equation, x, kernel) + bias`.
+
+    Args:
+      equation: with the axes of x and of the kernel, for example "btd,dnh->btnh".
+      axes, shape: logical axes and sizes of the kernel.
+      bias_axes: those of the bias, the last axes of the output; None for no bias.
+      std: standard deviation of the normal the kernel starts from.
+    """
+
+    def __init__(
+        self,
+        equation: str,
+        axes: tuple[str, ...],
+        shape: tuple[int, ...],
+        *,
+        bias_axes: tuple[str, ...] | None,
+        std: float,
+        rngs: nnx.Rngs,
+    ):
+        self.equation = equation
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+        sizes = dict(zip(axes, shape, strict=True))
+        bias = None if bias_axes is None else jnp.zeros(tuple(sizes[axis] for axis in bias_axes), jnp.float32)
+        self.bias = None if bias is None else nnx.Param(bias, axes=bias_axes)
+
+    def __call__(self, x: Float[Array, "batch length ..."]) -> Float[Array, "batch length ..."]:
+        return apply_together(x, [self])[0]
+
+
+def apply_together(x: Float[Array, "batch length ..."], linears: Sequence[Linear]) -> list[Float[Array, "..."]]:
+    """What each of `linears` makes of the same x; their gradients flow back into x together."""
+    kernels = [linear.kernel[...] for linear in linears]
+    ys = weight_einsums([linear.equation for linear in linears], x, kernels, [linear.kernel.axes for linear in linears])
+    return [checkpoint_name(_with_bias(linear, y), "linear") for linear, y in zip(linears, ys, strict=True)]
+
+
+def _with_bias(linear: Linear, y: Array) -> Array:
+    if linear.bias is None:
+        return y
+    return y + small_weight(linear.bias[...], linear.bias.axes).astype(y.dtype)

@@ -1,0 +1,72 @@
+"""A model without numbers: its graph, its parameters' shapes and their logical axes."""
+
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxllm.model.config import ModelConfig
+from jaxllm.model.transformer import Transformer
+
+Tree = dict[str, Any]  # nested by attribute name, e.g. tree["layers"]["attention"]["query"]["kernel"]
+
+
+class _Fields(NamedTuple):
+    config: ModelConfig
+    graph: nnx.GraphDef
+    shapes: Tree  # jax.ShapeDtypeStruct, float32
+    axes: Tree  # tuples of logical axes; those of the layers begin with "layers"
+
+
+class ModelSpec(_Fields):
+    """What everything outside the model needs to know of it."""
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Parameters, counted from the tree."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
+
+    @cached_property
+    def num_embedding_parameters(self) -> int:
+        """Those of lookup tables, which are not multiplied with: positions, and tokens unless the table is the head too."""
+        tables = [self.shapes.get("position_embedding")]
+        tables += [] if self.config.tied_head else [self.shapes["embedding"]["table"]]
+        return sum(leaf.size for leaf in tables if leaf is not None)
+
+    def init(self, seed: int) -> Tree:
+        """Fresh float32 parameters, a function of the seed alone. Trace it under `jit` with the shardings wanted."""
+        model = Transformer(self.config, rngs=nnx.Rngs(seed))
+        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+    def merge(self, params: Tree) -> Transformer:
+        """The model with these parameters, in any dtype."""
+        state = jax.tree.map(lambda leaf: leaf, self.graph_state)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(self.graph, state)
+
+    @cached_property
+    def graph_state(self) -> nnx.State:
+        return nnx.state(_abstract(self.config), nnx.Param)
+
+
+def _abstract(config: ModelConfig) -> Transformer:
+    return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+
+
+def model_spec(config: ModelConfig) -> ModelSpec:
+    """The spec of a model; `config` must be `resolved`."""
+    graph, state = nnx.split(_abstract(config), nnx.Param)
+    is_param = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    axes = jax.tree_util.tree_map_with_path(_axes, state, is_leaf=is_param)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), nnx.to_pure_dict(state))
+    return ModelSpec(config, graph, shapes, _plain(axes))
+
+
+def _axes(path, param: nnx.Variable) -> tuple[str, ...]:
+    return ("layers", *param.axes) if path[0].key == "layers" else param.axes
+
+
+def _plain(tree: Any) -> Any:
+    return {k: _plain(v) for k, v in tree.items()} if hasattr(tree, "items") else tree

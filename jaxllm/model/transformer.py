@@ -1,0 +1,153 @@
+"""The transformer, written once. It names logical axes; where they live is the layout's affair."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxllm.layout.layers import run_layers
+from jaxllm.layout.layout import reshard
+from jaxllm.layout.weights import small_weight
+from jaxllm.model.attention import Attention, CacheSlots, LayerCache
+from jaxllm.model.cache import KVCache
+from jaxllm.model.config import ModelConfig
+from jaxllm.model.dropout import DropoutKey, dropout
+from jaxllm.model.head import Head, Table
+from jaxllm.model.mlp import MLP
+from jaxllm.model.norms import Norm
+from jaxllm.model.positions import Rotation, rotation
+
+# Between blocks the sequence may be split (`residual_length`); inside them each device sees it whole (`length`).
+RESIDUAL = ("batch", "residual_length", "embed")
+WHOLE = ("batch", "length", "embed")
+
+
+class Block(nnx.Module):
+    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.dropout_rate = config.dropout
+        self.attention_norm = Norm(config)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = Norm(config)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch length embed"],
+        segment_ids: Int[Array, "batch length"] | None,
+        rotation: Rotation | None,
+        *,
+        stream: DropoutKey | None = None,
+        cache: LayerCache | None = None,
+        slots: CacheSlots | None = None,
+    ) -> tuple[Float[Array, "batch length embed"], LayerCache | None]:
+        h = reshard(self.attention_norm(x), WHOLE, RESIDUAL)
+        h, cache = self.attention(h, segment_ids, rotation, dropout=stream, cache=cache, slots=slots)
+        x = x + self._drop(reshard(h, RESIDUAL, WHOLE), stream, "after_attention")
+        h = reshard(self.mlp_norm(x), WHOLE, RESIDUAL)
+        x = x + self._drop(reshard(self.mlp(h), RESIDUAL, WHOLE), stream, "after_mlp")
+        return x, cache
+
+    def _drop(self, x: Array, stream: DropoutKey | None, place: str) -> Array:
+        return dropout(x, self.dropout_rate, stream.fold(place) if stream else None)
+
+
+def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
+    """All layers as one Block whose parameters have a leading `layers` axis."""
+
+    @nnx.split_rngs(splits=config.num_layers)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stack(rngs: nnx.Rngs) -> Block:
+        return Block(config, rngs=rngs)
+
+    return stack(rngs)
+
+
+class Transformer(nnx.Module):
+    """Token ids to the last activations; `head` turns those into logits or a loss.
+
+    Parameters are float32 and those of the layers stacked along a leading `layers` axis.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = Table(config, rngs=rngs)
+        self.position_embedding = None
+        if config.positions == "learned":
+            shape = (config.max_length, config.embed_dim)
+            table = config.init_std * jax.random.normal(rngs.params(), shape, jnp.float32)
+            self.position_embedding = nnx.Param(table, axes=("positions", "embed"))
+        self.layers = _stacked_blocks(config, rngs)
+        self.final_norm = Norm(config)
+        self.output = None if config.tied_head else Table(config, rngs=rngs)
+
+    @property
+    def head(self) -> Head:
+        return Head((self.output or self.embedding).table, self.config.z_loss)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch length"],
+        positions: Int[Array, "batch length"] | None = None,
+        segment_ids: Int[Array, "batch length"] | None = None,
+        *,
+        dropout: DropoutKey | None = None,
+    ) -> Float[Array, "batch length embed"]:
+        """The last activations, after the final norm.
+
+        Args:
+          positions: from 0 in each document; default 0, 1, 2, …
+          segment_ids: a number a document, 0 for padding; a token sees earlier tokens of its own number only.
+          dropout: the random stream of each row, for training.
+        """
+        x, by = self._embed(tokens, positions, dropout)
+        graph, weights = nnx.split(self.layers)
+
+        def layer(x, inputs):
+            index, weights = inputs
+            stream = dropout.fold("layer", index) if dropout else None
+            x, _ = nnx.merge(graph, weights)(x, segment_ids, by, stream=stream)
+            return x, None
+
+        numbers = jnp.arange(self.config.num_layers, dtype=jnp.uint32)
+        x, _ = run_layers(layer, x, (numbers, weights), self.config.num_layers)
+        return reshard(self.final_norm(x), WHOLE, RESIDUAL)
+
+    def extend(
+        self,
+        cache: KVCache,
+        tokens: Int[Array, "batch length"],
+        positions: Int[Array, "batch length"],
+        segment_ids: Int[Array, "batch length"],
+    ) -> tuple[Float[Array, "batch length embed"], KVCache]:
+        """The last activations of tokens that follow those in `cache`, and the cache with these in it.
+
+        Padding (segment 0) fills slots too and is never attended, so rows of unequal length can go together.
+        """
+        x, by = self._embed(tokens, positions, None)
+        graph, weights = nnx.split(self.layers)
+        known = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, cache.filled, axis=1)
+        slots = CacheSlots(known, cache.filled)
+
+        def layer(x, inputs):
+            weights, layer_cache = inputs
+            return nnx.merge(graph, weights)(x, segment_ids, by, cache=layer_cache, slots=slots)
+
+        per_layer = (weights, LayerCache(cache.keys, cache.values))
+        x, layer_caches = run_layers(layer, x, per_layer, self.config.num_layers)
+        filled = cache.filled + tokens.shape[1]
+        return self.final_norm(x), KVCache(layer_caches.keys, layer_caches.values, known, filled)
+
+    def _embed(self, tokens, positions, stream) -> tuple[Array, Rotation | None]:
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        # The dtype of the weights is the dtype of compute: the step casts them before the model sees them.
+        dtype = self.layers.attention.query.kernel.dtype
+        x = self.embedding(tokens, dtype)
+        if self.position_embedding is not None:
+            table = small_weight(self.position_embedding[...], self.position_embedding.axes)
+            x = x + table[positions].astype(dtype)
+        x = dropout(reshard(x, RESIDUAL, WHOLE), self.config.dropout, stream.fold("embedding") if stream else None)
+        turned = self.config.positions == "rope"
+        return x, rotation(positions, self.config.head_dim, self.config.rope_theta) if turned else None

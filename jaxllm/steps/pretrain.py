@@ -1,0 +1,16 @@
+"""Pretraining: every token from the tokens before it in its document."""
+
+from jaxllm.data.batch import BATCH_AXES, Batch
+from jaxllm.model.dropout import DropoutKey
+from jaxllm.model.head import Loss
+from jaxllm.model.transformer import Transformer
+from jaxllm.steps.step import TrainStep
+
+
+def loss(model: Transformer, batch: Batch, *, dropout: DropoutKey | None) -> Loss:
+    """Cross-entropy of the tokens where `loss_mask` is true, summed."""
+    hidden = model(batch.tokens, batch.positions, batch.segment_ids, dropout=dropout)
+    return model.head.next_token_loss(hidden, batch.tokens, batch.loss_mask)
+
+
+step = TrainStep(loss, axes=BATCH_AXES)

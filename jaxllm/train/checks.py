@@ -1,0 +1,209 @@
+"""Everything that can be said about a config before anything is compiled: each mistake with the nearest way out."""
+
+import math
+from collections.abc import Callable
+
+from jaxllm.config import one_of
+from jaxllm.errors import UserError
+from jaxllm.layout.mesh import mesh_shape
+from jaxllm.layout.rules import Rules, make_rules
+from jaxllm.train.config import Config
+from jaxllm.train.optimizer import check_optimizer, make_schedule
+
+CHOICES = {
+    "model.positions": ("learned", "rope", "none"),
+    "model.norm": ("layernorm", "rmsnorm"),
+    "model.activation": ("gelu", "gelu_tanh", "silu", "relu"),
+    "layout.remat": ("none", "selective", "full"),
+    "layout.attention": ("auto", "xla", "cudnn"),
+    "precision.compute": ("bfloat16", "float32", "float16"),
+    "precision.params": ("float32",),
+    "precision.gradients": ("float32", "bfloat16"),
+    "data.packing": ("concat", "best_fit"),
+}
+
+_AT_LEAST = {
+    "model.num_layers": 1,
+    "model.embed_dim": 1,
+    "model.num_heads": 1,
+    "model.num_kv_heads": 0,
+    "model.head_dim": 0,
+    "model.mlp_dim": 0,
+    "model.vocab_size": 0,
+    "model.max_length": 2,
+    "model.z_loss": 0,
+    "layout.num_microbatches": 1,
+    "data.length": 0,
+    "data.batch_size": 1,
+    "train.steps": 1,
+    "train.log_every": 1,
+    "train.eval_every": 0,
+    "train.eval_batches": 0,
+    "train.checkpoint_every": 0,
+    "train.keep": 1,
+    "train.keep_best": 0,
+    "train.max_nonfinite": 0,
+    "train.profile_start": -1,
+    "train.profile_steps": 1,
+}
+
+_ABOVE_ZERO = (
+    "model.rope_theta",
+    "model.norm_epsilon",
+    "model.init_std",
+)
+
+# name: (rule, what it says)
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "model.dropout": (lambda x: 0 <= x < 1, "from 0 up to, not including, 1"),
+    "model.attention_dropout": (lambda x: 0 <= x < 1, "from 0 up to, not including, 1"),
+    "layout.zero_stage": (lambda x: x in (0, 1, 2, 3), "0, 1, 2 or 3"),
+}
+
+
+def check(config: Config, num_devices: int) -> None:
+    """Checks `config` for training on `num_devices` devices.
+
+    Raises:
+      UserError: the first mistake found: the value, the rule and the nearest way out.
+    """
+    check_for_use(config, num_devices)
+    check_optimizer(config.optimizer)
+    make_schedule(config.optimizer, config.train.steps)
+    layout = config.layout
+    rules = make_rules(layout.rules, layout.rule_overrides, sequence_parallel=layout.sequence_parallel)
+    shape = mesh_shape(config.mesh, num_devices)
+    _check_length(config, rules, shape)
+    _check_batch(config, rules, shape)
+
+
+def check_for_use(config: Config, num_devices: int) -> None:
+    """Checks what generation and evaluation need of `config`. Raises as `check`."""
+    for name, choices in CHOICES.items():
+        one_of(f"config.{name}", _value(config, name), choices)
+    for name, least in _AT_LEAST.items():
+        _refuse_unless(_value(config, name) >= least, config, name, f"{least} or more")
+    for name in _ABOVE_ZERO:
+        _refuse_unless(_value(config, name) > 0, config, name, "above 0")
+    for name, (rule, says) in _RANGES.items():
+        _refuse_unless(rule(_value(config, name)), config, name, says)
+    layout = config.layout
+    rules = make_rules(layout.rules, layout.rule_overrides, sequence_parallel=layout.sequence_parallel)
+    shape = mesh_shape(config.mesh, num_devices)
+    _check_axes_at_hand(shape)
+    _check_model(config)
+    _check_split(config, rules, shape)
+
+
+def _value(config: Config, name: str):
+    group, field = name.split(".")
+    return getattr(getattr(config, group), field)
+
+
+def _refuse_unless(fine: bool, config: Config, name: str, says: str) -> None:
+    if not fine:  # a NaN is refused too: every comparison with it is false
+        raise UserError(f"config.{name}={_value(config, name)} must be {says}.")
+
+
+def _check_axes_at_hand(shape: dict[str, int]) -> None:
+    for axis in ("pipeline", "expert", "context"):
+        if shape[axis] > 1:
+            raise UserError(
+                f"config.mesh.{axis}={shape[axis]}: this version splits over replica, data and model only. "
+                f"Set --config.mesh.{axis}=1 and give the devices to data or model."
+            )
+
+
+def _check_model(config: Config) -> None:
+    model = config.model
+    if not model.head_dim and model.embed_dim % model.num_heads:
+        raise UserError(
+            f"config.model.embed_dim={model.embed_dim} is not divisible by num_heads={model.num_heads}. "
+            f"Nearest: embed_dim={nearest_multiples(model.embed_dim, model.num_heads)}; or set config.model.head_dim."
+        )
+    if model.num_kv_heads and model.num_heads % model.num_kv_heads:
+        raise UserError(
+            f"config.model.num_heads={model.num_heads} is not divisible by num_kv_heads={model.num_kv_heads}. "
+            f"Nearest: num_kv_heads={_nearest_divisors(model.num_kv_heads, model.num_heads)}."
+        )
+    head_dim = model.head_dim or model.embed_dim // model.num_heads
+    if model.positions == "rope" and head_dim % 2:
+        raise UserError(f"config.model: head_dim={head_dim} is odd, but rope turns pairs. Choose an even head_dim.")
+
+
+def _check_split(config: Config, rules: Rules, shape: dict[str, int]) -> None:
+    """Heads and mlp against the mesh axes that split them. The vocabulary is padded, so any size will do."""
+    model = config.model
+    mlp_dim = model.mlp_dim or 4 * model.embed_dim
+    _check_divides("config.model.num_heads", model.num_heads, "heads", rules, shape)
+    _check_divides("config.model.mlp_dim", mlp_dim, "mlp", rules, shape)
+    _check_divides("config.model.embed_dim", model.embed_dim, "embed", rules, shape)
+    _check_kv_heads(model.num_kv_heads or model.num_heads, model.num_heads, rules, shape)
+
+
+def _parts(logical: str, rules: Rules, shape: dict[str, int]) -> tuple[int, str]:
+    """Into how many parts a logical axis is split, and that as a person writes it: "mesh.data=2 x mesh.model=4"."""
+    axes = [axis for axis in rules.mesh_axes(logical) if shape[axis] > 1]
+    return math.prod(shape[axis] for axis in axes), " x ".join(f"config.mesh.{axis}={shape[axis]}" for axis in axes)
+
+
+def _check_divides(name: str, size: int, logical: str, rules: Rules, shape: dict[str, int]) -> None:
+    parts, written = _parts(logical, rules, shape)
+    if size % parts:
+        fewer = "" if " x " in written else f"; or {written.partition('=')[0]}={math.gcd(size, parts)}"
+        raise UserError(
+            f"{name}={size} is not divisible by {written}, which splits {logical}. "
+            f"Nearest: {name.rpartition('.')[2]}={nearest_multiples(size, parts)}{fewer}."
+        )
+
+
+def _check_kv_heads(size: int, num_heads: int, rules: Rules, shape: dict[str, int]) -> None:
+    """Fewer key heads than parts will do where each is copied the same number of times."""
+    parts, written = _parts("kv_heads", rules, shape)
+    fits = [d for d in range(1, num_heads + 1) if num_heads % d == 0 and (d % parts == 0 or parts % d == 0)]
+    if size not in fits:
+        raise UserError(
+            f"config.model.num_kv_heads={size} does not go with {written}, which splits kv_heads: one must divide the "
+            f"other. Nearest: num_kv_heads={_both_sides(size, fits)}."
+        )
+
+
+def _check_length(config: Config, rules: Rules, shape: dict[str, int]) -> None:
+    if config.data.length > config.model.max_length:
+        raise UserError(
+            f"config.data.length={config.data.length} is above config.model.max_length={config.model.max_length}. "
+            "Raise max_length or shorten length."
+        )
+    if config.data.length == 1:
+        raise UserError("config.data.length=1 leaves nothing to predict: 2 or more, or 0 for config.model.max_length.")
+    length = config.data.length or config.model.max_length
+    _check_divides("config.data.length", length, "length", rules, shape)
+    _check_divides("config.data.length", length, "residual_length", rules, shape)
+
+
+def _check_batch(config: Config, rules: Rules, shape: dict[str, int]) -> None:
+    parts, written = _parts("batch", rules, shape)
+    microbatches, size = config.layout.num_microbatches, config.data.batch_size
+    if size % (parts * microbatches):
+        factors = [written] * (parts > 1) + [f"config.layout.num_microbatches={microbatches}"] * (microbatches > 1)
+        raise UserError(
+            f"config.data.batch_size={size} is not divisible by {' x '.join(factors)}. "
+            f"Nearest: batch_size={nearest_multiples(size, parts * microbatches)}."
+        )
+
+
+def nearest_multiples(size: int, factor: int) -> str:
+    """The multiples of `factor` on both sides of `size`, as "96 or 128"."""
+    below = size // factor * factor
+    return f"{below} or {below + factor}" if below else str(factor)
+
+
+def _nearest_divisors(size: int, whole: int) -> str:
+    return _both_sides(size, [d for d in range(1, whole + 1) if whole % d == 0])
+
+
+def _both_sides(size: int, choices: list[int]) -> str:
+    """The choices next to `size`, as "2 or 4"."""
+    below = max((d for d in choices if d <= size), default=None)
+    above = min((d for d in choices if d > size), default=None)
+    return " or ".join(str(d) for d in (below, above) if d)

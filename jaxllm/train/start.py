@@ -1,0 +1,65 @@
+"""What a run derives from its config and tells at its start."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxllm.data.config import DataConfig
+from jaxllm.data.dataset import Dataset
+from jaxllm.layout.layout import Layout
+from jaxllm.model.attention_backends import choose_backend
+from jaxllm.model.spec import ModelSpec
+from jaxllm.train.config import Config
+from jaxllm.train.flops import flops_per_token, peak_flops
+from jaxllm.train.optimizer import decay_table, flat_paths
+from jaxllm.train.state import TrainState, bytes_per_device
+
+
+def data_config(config: Config, stored: Mapping[str, Any] | None, workdir: Path) -> DataConfig:
+    """The data group; a resumed run takes the tokenizer it has, so that none is trained again."""
+    tokenizer = workdir / "tokenizer"
+    if stored is not None and tokenizer.exists():
+        return dataclasses.replace(config.data, tokenizer=str(tokenizer))
+    return config.data
+
+
+def describe_run(config: Config, spec: ModelSpec, layout: Layout, abstract: TrainState, data: Dataset) -> list[str]:
+    """Lines to print at the start: everything that is derived, counted from the trees and the mesh in use."""
+    device = jax.devices()[0]
+    mesh = " x ".join(f"{axis}={size}" for axis, size in layout.mesh.shape.items() if size > 1) or "one device"
+    attention = choose_backend(
+        config.layout.attention,
+        device.platform,
+        compute=config.precision.compute,
+        dropout=config.model.attention_dropout,
+    )
+    tokens = config.data.batch_size * data.length
+    microbatches = config.layout.num_microbatches
+    state, params = bytes_per_device(abstract), bytes_per_device(abstract.params)
+    peak = peak_flops(device)
+    return [
+        f"model: {spec.num_parameters:,} parameters, {spec.num_embedding_parameters:,} of them only looked up",
+        *_decay_lines(config, spec),
+        f"devices: {layout.mesh.size} x {device.device_kind}, {mesh}, ZeRO {layout.zero_stage}",
+        f"bytes a device at rest: {state:,} ({params:,} of parameters, the rest optimizer)",
+        f"attention: {attention}; compute in {config.precision.compute}",
+        f"tokens a step: {tokens:,} = {config.data.batch_size} sequences x {data.length}"
+        + (f", in {microbatches} microbatches" if microbatches > 1 else ""),
+        f"run: {config.train.steps:,} steps, {config.train.steps * tokens:,} tokens, "
+        f"{config.train.steps * config.data.batch_size / data.rows_an_epoch(config.seed):.2f} epochs",
+        f"FLOPs a token: {flops_per_token(spec, data.length):.4g} = 6 N + 12 layers heads head_dim length; "
+        + (f"MFU against {peak / 1e12:,.0f} TFLOP/s a device" if peak else "no peak known for this device, so no MFU"),
+    ]
+
+
+def _decay_lines(config: Config, spec: ModelSpec) -> list[str]:
+    table = decay_table(config.optimizer, spec.axes)
+    shapes = {path: list(leaf.shape) for path, leaf in flat_paths(spec.shapes).items()}
+    width = max(map(len, table))
+    head = (
+        f"weight decay {config.optimizer.weight_decay:g} (config.optimizer.decay_mask={config.optimizer.decay_mask}):"
+    )
+    return [head, *(f"  {path:<{width}}  {'decayed' if on else '-':<7}  {shapes[path]}" for path, on in table.items())]

@@ -1,0 +1,42 @@
+"""Every config that comes with jaxllm can be read, and fits the machines it names."""
+
+from pathlib import Path
+
+import pytest
+
+from jaxllm.cli.config_file import load_config
+from jaxllm.train.checks import check
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+DEVICES = {
+    "quickstart.py": 1,
+    "sanguo.py": 1,
+    "shakespeare.py": 1,
+    "shakespeare.py:tfds": 1,
+    "gpt2_small.py": 8,
+    "llama3_8b.py": 64,
+}
+
+
+@pytest.mark.parametrize(("name", "devices"), DEVICES.items())
+def test_config_fits_its_machine(name, devices):
+    check(load_config(str(CONFIGS / name), {}), devices)
+
+
+def test_every_config_is_tested():
+    assert {file.name for file in CONFIGS.glob("*.py")} == {name.partition(":")[0] for name in DEVICES}
+
+
+def test_what_the_help_of_a_config_says_can_be_set():
+    """The layouts that llama3_8b.py and the help texts offer."""
+    hsdp = {"mesh.replica": "8", "mesh.data": "8"}
+    check(load_config(str(CONFIGS / "llama3_8b.py"), hsdp), 64)
+    long = {"mesh.model": "8", "layout.sequence_parallel": "true"}
+    check(load_config(str(CONFIGS / "llama3_8b.py"), long), 64)
+    check(load_config(str(CONFIGS / "llama3_8b.py"), {"mesh.data": "8", "mesh.model": "4"}), 32)
+    check(load_config(str(CONFIGS / "shakespeare.py"), {"mesh.data": "4", "mesh.model": "2"}), 8)
+
+
+def test_a_preset_by_flag():
+    config = load_config(str(CONFIGS / "quickstart.py"), {"model": "gpt2", "model.num_layers": "6"})
+    assert (config.model.num_layers, config.model.embed_dim, config.model.positions) == (6, 768, "learned")

@@ -1,0 +1,138 @@
+"""generate, chat and evaluate on a run on disk: what goes to stdout, what a program can read, and mistakes."""
+
+import io
+import json
+import math
+import shutil
+
+import pytest
+
+from jaxllm.cli.main import main
+
+TEXT = "the quick brown fox。却说曹操"
+
+
+def run(argv, capsys, code=0):
+    assert main(argv) == code
+    return capsys.readouterr()
+
+
+def test_generate_streams_one_prompt_to_stdout(run_on_disk, capsys):
+    argv = ["generate", f"--workdir={run_on_disk}", "--prompt", "却说曹操", "--max_new_tokens=8", "--seed=3"]
+    out, err = run(argv, capsys)
+    assert out.startswith("却说曹操")
+    assert out.endswith("\n")
+    assert "The run's mesh does not fit the 8 devices here; using data=-1 model=2." in err
+    again, _ = run(argv, capsys)
+    assert again == out
+    as_json, _ = run([*argv, "--json"], capsys)
+    completion = json.loads(as_json)
+    assert completion["prompt"] + completion["text"] + "\n" == out
+    assert len(completion["tokens"]) == 8
+    assert completion["finish_reason"] == "length"
+
+
+def test_generate_takes_a_batch_from_flags_and_a_file(run_on_disk, capsys, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("玄德\n\nthe lazy\n", encoding="utf-8")
+    argv = ["generate", f"--workdir={run_on_disk}", "--prompt=-x", f"--prompt_file={file}", "--temperature=0"]
+    out, _ = run([*argv, "--max_new_tokens=4", "--json"], capsys)
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["-x", "玄德", "the lazy"]
+    out, _ = run([*argv, "--max_new_tokens=4"], capsys)
+    assert "玄德" in out and "the lazy" in out
+
+
+def test_generate_says_when_the_context_is_full(run_on_disk, capsys):
+    argv = ["generate", f"--workdir={run_on_disk}", "--prompt=the", "--temperature=0", "--max_new_tokens=500"]
+    _, err = run(argv, capsys)
+    assert "stopped where the model's context of 32 tokens is full" in err
+
+
+def test_generate_is_the_same_on_every_mesh(run_on_disk, capsys):
+    argv = ["generate", f"--workdir={run_on_disk}", "--prompt=the quick", "--seed=1", "--max_new_tokens=6"]
+    texts = {run([*argv, *mesh], capsys)[0] for mesh in ([], ["--config.mesh.data=8", "--config.mesh.model=1"])}
+    assert len(texts) == 1
+
+
+def test_evaluate_prints_and_writes_json(run_on_disk, capsys, tmp_path):
+    file = tmp_path / "held_out.txt"
+    file.write_text(TEXT * 10, encoding="utf-8")
+    argv = ["evaluate", f"--workdir={run_on_disk}", f"--input={file}"]
+    out, _ = run([*argv, "--json"], capsys)
+    result = json.loads(out)
+    assert result["characters"] == len(TEXT) * 10
+    assert result["loss"] == pytest.approx(math.log(320), rel=0.05)  # untrained: as good as a guess
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+    assert result["bits_per_character"] > result["bits_per_byte"]
+    out, _ = run(argv, capsys)
+    assert f"{result['bits_per_character']:.4f}" in out
+    lines = tmp_path / "held_out.jsonl"
+    lines.write_text(json.dumps({"body": TEXT * 10}), encoding="utf-8")
+    out, _ = run(["evaluate", f"--workdir={run_on_disk}", f"--input={lines}", "--field=body", "--json"], capsys)
+    assert json.loads(out) == result
+
+
+def test_chat_answers_line_by_line_and_lives_on_after_a_line_that_is_too_long(run_on_disk, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n" + "the quick brown fox " * 20 + "\n/reset\nhi\n"))
+    argv = ["chat", f"--workdir={run_on_disk}", "--max_new_tokens=4", "--user=U", "--assistant=A", "--temperature=0"]
+    out, err = run(argv, capsys)
+    answers = out.splitlines()
+    assert len(answers) >= 2
+    assert "leaves no room for an answer of 4" in err
+
+
+def mistake(argv, capsys) -> str:
+    said = run(argv, capsys, code=2).err
+    assert "Traceback" not in said
+    return said
+
+
+MISTAKES = {
+    "no run": (["generate", "--prompt=x"], "say which run: --workdir DIR"),
+    "no such folder": (["generate", "--prompt=x", "--workdir=no/such"], "--workdir no/such: no such folder"),
+    "no prompt": (["generate", "--workdir=RUN"], 'say what to continue: --prompt "…"'),
+    "prompt longer than the context": (
+        ["generate", "--workdir=RUN", f"--prompt={'曹' * 100}"],
+        "but the model's context is 32 and must hold the answer too. Shorten the prompt to at most 31 tokens.",
+    ),
+    "temperature": (["generate", "--workdir=RUN", "--prompt=x", "--temperature=-1"], "temperature=-1.0 must be 0"),
+    "top_p": (["generate", "--workdir=RUN", "--prompt=x", "--top_p=2"], "top_p=2.0 must be above 0 and at most 1"),
+    "not a number": (["generate", "--workdir=RUN", "--prompt=x", "--top_k=few"], "argument --top_k: invalid int value"),
+    "misspelt flag": (["generate", "--workdir=RUN", "--promt=x"], "--promt is not a flag of jaxllm generate"),
+    "no tokens": (["generate", "--workdir=RUN", "--prompt=x", "--max_new_tokens=0"], "max_new_tokens=0 must be 1"),
+    "prompt file": (["generate", "--workdir=RUN", "--prompt_file=no.txt"], "--prompt_file no.txt: No such file"),
+    "mesh": (["generate", "--workdir=RUN", "--prompt=x", "--config.mesh.model=3"], "config.mesh"),
+    "field": (["generate", "--workdir=RUN", "--prompt=x", "--config.mesh.mdel=1"], "Did you mean 'config.mesh.model'?"),
+    "another model": (
+        ["generate", "--workdir=RUN", "--prompt=x", "--config.model.num_layers=2"],
+        "is a checkpoint of another model",
+    ),
+    "no input": (["evaluate", "--workdir=RUN"], "say what to evaluate on: --input FILES."),
+    "missing input": (["evaluate", "--workdir=RUN", "--input=no.txt"], "no.txt"),
+    "batch size": (["evaluate", "--workdir=RUN", "--input=no.txt", "--batch_size=0"], "--batch_size=0 must be 1"),
+}
+
+
+@pytest.mark.parametrize(("argv", "says"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistakes(run_on_disk, argv, says, capsys):
+    assert says in mistake([argument.replace("RUN", str(run_on_disk)) for argument in argv], capsys)
+
+
+def test_a_folder_that_is_no_run(tmp_path, capsys):
+    said = mistake(["generate", f"--workdir={tmp_path}", "--prompt=x"], capsys)
+    assert "holds no run: there is no config.json in it" in said
+
+
+def test_a_run_without_a_checkpoint(run_on_disk, tmp_path, capsys):
+    workdir = shutil.copytree(run_on_disk, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    assert "has no checkpoint yet" in mistake(["generate", f"--workdir={workdir}", "--prompt=x"], capsys)
+
+
+def test_a_tokenizer_of_another_size(run_on_disk, tmp_path, capsys):
+    from jaxllm.data.tokenizer_training import train_tokenizer
+
+    workdir = shutil.copytree(run_on_disk, tmp_path / "run")
+    train_tokenizer([TEXT] * 20, vocab_size=300).save(workdir / "tokenizer")
+    said = mistake(["generate", f"--workdir={workdir}", "--prompt=x"], capsys)
+    assert "is a checkpoint of another model" in said
+    assert "[320, 16]" in said and "[300, 16]" in said

@@ -1,0 +1,66 @@
+"""Conversations: the text they are, and what happens when the context is full."""
+
+import pytest
+
+from jaxllm.errors import UserError
+from jaxllm.generate.chat import Chat, PlainRoles, Turn
+from jaxllm.generate.engine import Completion
+from jaxllm.generate.sampling import Sampling
+
+
+class Parrot:
+    """An engine that answers from a list; a token is a character. Keeps the prompts it was given."""
+
+    max_length = 120
+
+    def __init__(self, answers):
+        self.answers, self.prompts, self.seeds = list(answers), [], []
+
+    def count_tokens(self, prompt):
+        return len(prompt)
+
+    def generate(self, prompts, max_new_tokens, sampling, *, stop, seed, on_text):
+        (prompt,) = prompts
+        self.prompts.append(prompt)
+        self.seeds.append(seed)
+        answer = self.answers.pop(0)
+        for character in answer:
+            on_text(0, character)
+        return [Completion(prompt, answer, [], "stop")]
+
+
+def chat_with(*answers, system="", new=20):
+    engine = Parrot(answers)
+    return engine, Chat(engine, PlainRoles(system=system), Sampling(), new)
+
+
+def test_the_conversation_is_one_text():
+    engine, chat = chat_with(" hello\n", " fine", system="Be brief.")
+    shown = []
+    assert chat.say("hi", on_text=shown.append) == "hello"
+    assert "".join(shown) == "hello\n"  # the space after "Assistant:" is not the answer's
+    chat.say("well?")
+    assert engine.prompts[1] == "Be brief.\nUser: hi\nAssistant: hello\nUser: well?\nAssistant:"
+    assert engine.seeds == [0, 1]
+
+
+def test_the_oldest_turns_are_forgotten_when_the_context_is_full():
+    engine, chat = chat_with(*["a" * 15] * 5, system="S")
+    for _ in range(5):
+        chat.say("x" * 10)
+    assert all(len(prompt) + 20 <= engine.max_length for prompt in engine.prompts)
+    assert all(prompt.startswith("S\nUser: ") for prompt in engine.prompts)
+    assert chat.forgotten == 3
+    assert chat.turns == [Turn("x" * 10, "a" * 15)] * 2
+    chat.reset()
+    assert (chat.turns, chat.forgotten) == ([], 0)
+
+
+def test_a_line_that_never_fits_is_refused_and_says_why():
+    _, chat = chat_with()
+    with pytest.raises(UserError, match="leaves no room for an answer of 20 in the model's context of 120"):
+        chat.say("x" * 100)
+
+
+def test_the_model_does_not_speak_for_the_user():
+    assert PlainRoles().stop == ("\nUser:", "\nAssistant:")
