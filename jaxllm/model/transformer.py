@@ -73,7 +73,7 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embedding = Table(config, rngs=rngs)
-        self.position_embedding = None
+        self.position_embedding = nnx.data(None)
         if config.positions == "learned":
             shape = (config.max_length, config.embed_dim)
             table = config.init_std * jax.random.normal(rngs.params(), shape, jnp.float32)

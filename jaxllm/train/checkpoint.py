@@ -8,6 +8,7 @@ versions, metrics, hashes) as JSON. The arrays have one canonical form, so any l
 import contextlib
 import errno
 import importlib.metadata
+import logging
 import math
 import shutil
 import sys
@@ -52,7 +53,7 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int = 2, keep_best: int = 1, say: Callable[[str], None] = print):
         self.directory, self.keep, self.keep_best, self.say = Path(directory).absolute(), keep, keep_best, say
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(handler_registry=_handlers()))
-        _hush_closed_loops()
+        _hush_orbax()
         self._saving: int | None = None
         self._removal: threading.Thread | None = None
 
@@ -344,8 +345,14 @@ def _tells_damage(error: Exception) -> bool:
     return isinstance(cause, (OSError, ValueError, KeyError))
 
 
-def _hush_closed_loops() -> None:
-    """After a failed read or write, those beside it report to Orbax's closed event loop: no news for anybody."""
+def _hush_orbax() -> None:
+    """Tells nobody of what Orbax leaves behind after one read or write failed: the failure itself is raised.
+
+    TensorStore reports to an event loop that is closed, and asyncio tells of every task that failed beside the first.
+    """
+    asyncio_logger = logging.getLogger("asyncio")
+    if _is_news not in asyncio_logger.filters:
+        asyncio_logger.addFilter(_is_news)
     previous = sys.unraisablehook
     if getattr(previous, "__name__", "") == "without_closed_loops":
         return
@@ -355,6 +362,11 @@ def _hush_closed_loops() -> None:
             previous(unraisable)
 
     sys.unraisablehook = without_closed_loops
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not ("exception was never retrieved" in message and "orbax" in message)
 
 
 def _first_line(error: Exception) -> str:

@@ -173,14 +173,15 @@ def evaluate(
 ) -> dict[str, float]:
     """eval_loss (nats a token of the held-out split) and eval_bits_per_char.
 
-    Batches have the size of a microbatch, so that an evaluation never needs more memory than training.
+    Batches have the size of a microbatch, so that an evaluation never needs more memory than training; a limit of
+    `eval_batches` counts whole ones, so that it covers the same rows whatever the microbatches.
     """
-    sharding = layout.sharding("batch", "length")
-    batches = data.eval_batches(sharding, batch_size=config.data.batch_size // config.layout.num_microbatches)
+    microbatches = config.layout.num_microbatches
+    batches = data.eval_batches(layout.sharding("batch", "length"), batch_size=config.data.batch_size // microbatches)
     nats, weight = np.float64(0), np.float64(0)
     waiting: list[tuple[jax.Array, jax.Array]] = []
     with contextlib.closing(batches):
-        for batch in islice(batches, config.train.eval_batches or None):
+        for batch in islice(batches, config.train.eval_batches * microbatches or None):
             waiting.append(eval_step(params, batch))
             if len(waiting) > 1:  # one in work, one dispatched
                 total, count = jax.device_get(waiting.pop(0))

@@ -201,15 +201,7 @@ def test_the_run_of_the_newest_checkpoint(tmp_path, two_checkpoints):
     assert Checkpoints(tmp_path / "nothing").newest_run() is None
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", tmp_path], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"no small filesystem can be mounted: {mounted.stderr.decode().strip()}")
-    yield tmp_path
-    subprocess.run(["umount", "--lazy", tmp_path], check=True)
-
-
+@pytest.mark.parametrize("small_disk", ["3m"], indirect=True)
 def test_a_full_disk_leaves_the_earlier_checkpoint(small_disk):
     checkpoints = Checkpoints(small_disk / "checkpoints")
     state = make_state(1, width=60_000)  # the kernel takes 1.9 MB, the moments compress to little
