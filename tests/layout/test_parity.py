@@ -41,7 +41,9 @@ def test_every_factorisation_is_there():
     assert {canonical(shape) for shape in all_shapes()} == set(SHAPES)
 
 
-@pytest.mark.parametrize("shape", [Shape(8, 1, 1, zero_stage=3, sequence_parallel=True), Shape(1, 8, 1, 2, True)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [Shape(8, 1, 1, zero_stage=3, sequence_parallel=True), Shape(1, 8, 1, 2, True)], ids=str
+)
 def test_layouts_that_are_not_run_are_the_same_program(shape):
     text = lambda shape: lowered(LLAMA, shape.layout()).as_text()  # noqa: E731
     if shape.data == 1:
