@@ -20,7 +20,7 @@ class LayoutConfig:
     """How the work is laid on the mesh."""
 
     rules: str = "megatron"  # a named rule set of layout/rules.py
-    rule_overrides: str = ""  # rows put over it: "mlp=data,vocab=none,heads=model+data"
+    rule_overrides: str = ""  # rows put over it: "vocab=none,batch=replica+data"
     sequence_parallel: bool = False  # between blocks the sequence is split over `model` too
     zero_stage: int = 1  # 0 to 3: when the weights are gathered, see layout/zero.py
     num_microbatches: int = 1  # gradient accumulation: microbatches a step

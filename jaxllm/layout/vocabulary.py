@@ -28,6 +28,8 @@ class _Place:
 
     def __init__(self, layout: Layout | None, vocab_size: int):
         self.layout, self.vocab_size = layout, vocab_size
+        if layout:
+            layout.spec(("batch", "length", "vocab"))  # refuses a mesh axis that splits tokens and vocabulary alike
         self.vocab_axes = layout.mesh_axes("vocab") if layout else ()
         self.batch_axes = layout.mesh_axes("batch") if layout else ()
         self.length_axes = layout.mesh_axes("length") if layout else ()

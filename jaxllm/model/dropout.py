@@ -26,7 +26,8 @@ class DropoutKey(NamedTuple):
 
 def dropout_key(seed: int, step: Int[Array, ""], rows: Int[Array, "batch"]) -> DropoutKey:
     """The stream of each row of a step's batch; `rows` are indices into the global batch."""
-    start = _mix(jnp.uint32(seed % 2**32) ^ _mix(step.astype(jnp.uint32) + jnp.uint32(0x632BE5AB)))
+    low, high = jnp.uint32(seed % 2**32), jnp.uint32(seed // 2**32 % 2**32)
+    start = _mix(low ^ _mix(high) ^ _mix(step.astype(jnp.uint32) + jnp.uint32(0x632BE5AB)))
     return DropoutKey(_mix(start + jnp.uint32(0x9E3779B9) * rows.astype(jnp.uint32)))
 
 

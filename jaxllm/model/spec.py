@@ -7,10 +7,21 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxllm.model.attention_backends import KEY_AXES, QUERY_AXES
 from jaxllm.model.config import ModelConfig
-from jaxllm.model.transformer import Transformer
+from jaxllm.model.transformer import RESIDUAL, WHOLE, Transformer
 
 Tree = dict[str, Any]  # nested by attribute name, e.g. tree["layers"]["attention"]["query"]["kernel"]
+
+# The activations that a layout places, by the name that a message gives them.
+ACTIVATIONS = {
+    "the residual stream": RESIDUAL,
+    "the input of attention and mlp": WHOLE,
+    "the queries": QUERY_AXES,
+    "the keys and values": KEY_AXES,
+    "the hidden units of the mlp": ("batch", "length", "mlp"),
+    "the logits": ("batch", "length", "vocab"),
+}
 
 
 class _Fields(NamedTuple):

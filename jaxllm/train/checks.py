@@ -3,10 +3,15 @@
 import math
 from collections.abc import Callable
 
+from jax.sharding import AbstractMesh
+
 from jaxllm.config import one_of
 from jaxllm.errors import UserError
+from jaxllm.layout.check_rules import check_rules
+from jaxllm.layout.layout import Layout
 from jaxllm.layout.mesh import mesh_shape
-from jaxllm.layout.rules import Rules, make_rules
+from jaxllm.layout.rules import Rules, make_rules, parse_overrides
+from jaxllm.model.spec import ACTIVATIONS, model_spec
 from jaxllm.train.config import Config
 from jaxllm.train.optimizer import check_optimizer, make_schedule
 
@@ -75,6 +80,7 @@ def check(config: Config, num_devices: int) -> None:
     shape = mesh_shape(config.mesh, num_devices)
     _check_length(config, rules, shape)
     _check_batch(config, rules, shape)
+    _check_overrides(config, rules, shape, parse_overrides(layout.rule_overrides))
 
 
 def check_for_use(config: Config, num_devices: int) -> None:
@@ -93,6 +99,7 @@ def check_for_use(config: Config, num_devices: int) -> None:
     _check_axes_at_hand(shape)
     _check_model(config)
     _check_split(config, rules, shape)
+    _check_overrides(config, rules, shape, {})
 
 
 def _value(config: Config, name: str):
@@ -166,6 +173,16 @@ def _check_kv_heads(size: int, num_heads: int, rules: Rules, shape: dict[str, in
             f"config.model.num_kv_heads={size} does not go with {written}, which splits kv_heads: one must divide the "
             f"other. Nearest: num_kv_heads={_both_sides(size, fits)}."
         )
+
+
+def _check_overrides(config: Config, rules: Rules, shape: dict[str, int], rows: dict[str, tuple[str, ...]]) -> None:
+    """The user's own rules against the tensors of the model: no clash, and none of `rows` in vain."""
+    if config.layout.rule_overrides:
+        # The vocabulary is padded, so what stands in for that of a tokenizer not read yet does not matter.
+        spec = model_spec(config.model.resolved(vocab_size=math.prod(shape.values())))
+        mesh = AbstractMesh(tuple(shape.values()), tuple(shape))
+        layout = Layout(mesh, rules, zero_stage=config.layout.zero_stage)
+        check_rules(layout, spec.axes, spec.shapes, rows, ACTIVATIONS)
 
 
 def _check_length(config: Config, rules: Rules, shape: dict[str, int]) -> None:

@@ -10,7 +10,7 @@ import jax
 from jaxllm.data.config import DataConfig
 from jaxllm.data.dataset import Dataset
 from jaxllm.layout.layout import Layout
-from jaxllm.model.attention_backends import choose_backend
+from jaxllm.model.attention_check import check_backend
 from jaxllm.model.spec import ModelSpec
 from jaxllm.train.config import Config
 from jaxllm.train.flops import flops_per_token, peak_flops
@@ -27,15 +27,13 @@ def data_config(config: Config, stored: Mapping[str, Any] | None, workdir: Path)
 
 
 def describe_run(config: Config, spec: ModelSpec, layout: Layout, abstract: TrainState, data: Dataset) -> list[str]:
-    """Lines to print at the start: everything that is derived, counted from the trees and the mesh in use."""
+    """Lines to print at the start: everything that is derived, counted from the trees and the mesh in use.
+
+    Raises:
+      UserError: an attention backend that differs from the reference.
+    """
     device = jax.devices()[0]
     mesh = " x ".join(f"{axis}={size}" for axis, size in layout.mesh.shape.items() if size > 1) or "one device"
-    attention = choose_backend(
-        config.layout.attention,
-        device.platform,
-        compute=config.precision.compute,
-        dropout=config.model.attention_dropout,
-    )
     tokens = config.data.batch_size * data.length
     microbatches = config.layout.num_microbatches
     state, params = bytes_per_device(abstract), bytes_per_device(abstract.params)
@@ -45,7 +43,7 @@ def describe_run(config: Config, spec: ModelSpec, layout: Layout, abstract: Trai
         *_decay_lines(config, spec),
         f"devices: {layout.mesh.size} x {device.device_kind}, {mesh}, ZeRO {layout.zero_stage}",
         f"bytes a device at rest: {state:,} ({params:,} of parameters, the rest optimizer)",
-        f"attention: {attention}; compute in {config.precision.compute}",
+        f"{check_backend(layout, spec.config, config.precision.compute)}; compute in {config.precision.compute}",
         f"tokens a step: {tokens:,} = {config.data.batch_size} sequences x {data.length}"
         + (f", in {microbatches} microbatches" if microbatches > 1 else ""),
         f"run: {config.train.steps:,} steps, {config.train.steps * tokens:,} tokens, "

@@ -151,6 +151,26 @@ LAYOUTS = {  # on 8 devices
     "unknown logical axis": ("layout.rule_overrides=mpl=model", "no such logical axis. Did you mean 'mlp'?"),
     "unknown mesh axis": ("layout.rule_overrides=mlp=modle", "no such mesh axis. Did you mean 'model'?"),
     "axis twice in a row": ("layout.rule_overrides=mlp=model+model", "names a mesh axis twice"),
+    "rule that shards nothing": (
+        "mesh.model=2 --config.layout.rule_overrides=head_dim=expert",
+        "'head_dim=expert' shards nothing: config.mesh.expert=1, so layers.attention.",
+    ),
+    "rule for an axis that is not there": (
+        "mesh.model=2 --config.model.positions=rope --config.layout.rule_overrides=positions=model",
+        "'positions=model' shards nothing: no parameter of this model has the axis positions.",
+    ),
+    "rule that does not divide": (
+        "mesh.model=4 --config.model.max_length=18 --config.layout.rule_overrides=positions=model",
+        "config.mesh.model=4 does not divide the axis positions of position_embedding [positions=18, embed=32].",
+    ),
+    "mesh axis twice in a parameter": (
+        "mesh.model=2 --config.layout.rule_overrides=embed=model",
+        "embedding.table: layout rules split both 'vocab' and 'embed' of a tensor [vocab, embed] over mesh axis",
+    ),
+    "mesh axis twice in an activation": (
+        "mesh.model=2 --config.layout.rule_overrides=mlp=data",
+        "the hidden units of the mlp: layout rules split both 'batch' and 'mlp'",
+    ),
     "override without =": ("layout.rule_overrides=mlp", "is not of the form logical_axis=mesh_axis"),
 }
 

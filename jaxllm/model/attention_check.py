@@ -1,0 +1,125 @@
+"""At the start of a run the attention backend is compared with the formula, on a packed batch: never a silent fallback.
+
+A backend that ignored segment ids would train all the same, on documents that see one another.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxllm.errors import UserError
+from jaxllm.layout.layout import Layout, as_dtype, constrain, use_layout
+from jaxllm.model.attention_backends import BACKENDS, KEY_AXES, QUERY_AXES, causal_attention, choose_backend
+from jaxllm.model.config import ModelConfig
+
+LENGTH = 128  # tokens a row: two blocks of queries
+# Largest difference allowed, as a part of the largest number: some 10 roundings of the compute dtype.
+TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
+# Accelerators multiply float32 with the mantissa of TF32 or less unless told otherwise.
+TF32_TOLERANCE = 1e-2
+
+
+def check_backend(layout: Layout, config: ModelConfig, compute: str) -> str:
+    """Compares the backends in use with the formula, on a small packed batch with the model's own heads.
+
+    Forward and backward, on the devices of the layout. Where dropout keeps training from the fused kernel, evaluation
+    may use another backend than training: then both are compared.
+
+    Args:
+      config: resolved.
+      compute: the dtype of compute, by name.
+
+    Returns:
+      The line to print, as "attention: xla, checked on a packed batch (largest difference 3e-07)".
+
+    Raises:
+      UserError: a backend that cannot run here, or whose output or gradients differ: its name, the difference, what to
+        use instead.
+    """
+    platform = layout.mesh.devices.flat[0].platform
+    rates = (config.attention_dropout, 0.0)
+    in_use = [choose_backend(layout.attention, platform, compute=compute, dropout=rate) for rate in rates]
+    parts = []
+    for name in dict.fromkeys(in_use):
+        difference = _checked(dataclasses.replace(layout, attention=name), config, compute, platform)
+        where = " without dropout" if name != in_use[0] else ""
+        parts.append(f"{name}{where}, checked on a packed batch (largest difference {difference:.0e})")
+    return "attention: " + "; ".join(parts)
+
+
+def _checked(layout: Layout, config: ModelConfig, compute: str, platform: str) -> float:
+    name = layout.attention
+    others = " or ".join(f"--config.layout.attention={other}" for other in BACKENDS if other != name)
+    try:
+        output, gradients = jax.device_get(
+            _differences(layout, config.num_heads, config.num_kv_heads, config.head_dim, compute)
+        )
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        if name == "xla":
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"attention backend '{name}' does not run here: {reason}\nUse {others}.") from error
+    allowed = TOLERANCE[compute] if platform == "cpu" else max(TOLERANCE[compute], TF32_TOLERANCE)
+    worst = max(float(output), float(gradients))
+    if not (output <= allowed and gradients <= allowed):  # a NaN is refused too
+        raise UserError(
+            f"attention backend '{name}' differs from the reference on a packed batch: output by {output:.1e}, "
+            f"gradients by {gradients:.1e} of their largest value, {allowed:.0e} allowed in {compute}. Use {others}."
+        )
+    return worst
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _differences(
+    layout: Layout, num_heads: int, num_kv_heads: int, head_dim: int, compute: str
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Largest difference of the outputs and of the gradients, each as a part of its largest number."""
+    with use_layout(layout):
+        length = math.lcm(LENGTH, layout.size("length"))
+        batch = layout.size("batch")
+        segments = constrain(packed_segments(batch, length), "batch", "length")
+        axes = (QUERY_AXES, KEY_AXES, KEY_AXES, QUERY_AXES)
+        heads = (num_heads, num_kv_heads, num_kv_heads, num_heads)
+        query, key, value, d_output = (
+            constrain(jax.random.normal(jax.random.key(i), (batch, length, n, head_dim), as_dtype(compute)), *names)
+            for i, (n, names) in enumerate(zip(heads, axes, strict=True))
+        )
+        backend = functools.partial(causal_attention, segment_ids=segments)
+        output, pull = jax.vjp(backend, query, key, value)
+        computed = (output, *pull(d_output))
+        with jax.default_matmul_precision("highest"):
+            exact = [a.astype(jnp.float32) for a in (query, key, value)]
+            expected, pull = jax.vjp(functools.partial(reference, segment_ids=segments), *exact)
+            expected = (expected, *pull(d_output.astype(jnp.float32)))
+        apart = [
+            jnp.abs(a.astype(jnp.float32) - e).max() / jnp.abs(e).max() for a, e in zip(computed, expected, strict=True)
+        ]
+        return apart[0], jnp.stack(apart[1:]).max()
+
+
+def packed_segments(batch: int, length: int) -> Int[Array, "batch length"]:
+    """Three documents and padding in every row, their ends others in every row, within and across query blocks."""
+    column = jnp.arange(length)
+    shift = jnp.arange(batch)[:, None] % (length // 8)
+    first, second, third = length // 5 + shift, length * 9 // 16 + shift, length - length // 8
+    return jnp.where(column < first, 1, jnp.where(column < second, 2, jnp.where(column < third, 3, 0)))
+
+
+def reference(
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch length kv_heads head_dim"],
+    value: Float[Array, "batch length kv_heads head_dim"],
+    segment_ids: Int[Array, "batch length"],
+) -> Float[Array, "batch length heads head_dim"]:
+    """softmax(query key^T / sqrt(head_dim)) value as the formula says, all `[length, length]` of it."""
+    repeats = query.shape[2] // key.shape[2]
+    key, value = (constrain(jnp.repeat(a, repeats, axis=2), *QUERY_AXES) for a in (key, value))
+    logits = jnp.einsum("bthd,bshd->bhts", query, key) / math.sqrt(query.shape[-1])
+    earlier = jnp.tril(jnp.ones((query.shape[1],) * 2, bool))
+    visible = earlier & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    weights = jax.nn.softmax(jnp.where(visible[:, None], logits, -jnp.inf), axis=-1)
+    return constrain(jnp.einsum("bhts,bshd->bthd", weights, value), *QUERY_AXES)

@@ -1,0 +1,146 @@
+"""The attention backends against a softmax written out in float64 NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.errors import UserError
+from jaxllm.model import attention_backends
+from jaxllm.model.attention_backends import causal_attention, choose_backend, document_offsets, query_blocks
+from jaxllm.model.dropout import DropoutKey, keep_mask
+
+BATCH, LENGTH, HEADS, HEAD_DIM = 2, 11, 4, 12
+SEGMENTS = np.array([[1] * 4 + [2] * 5 + [0] * 2, [3] * 8 + [1] * 3], np.int32)
+RATE = 0.3
+
+
+@pytest.fixture(autouse=True)
+def several_blocks(monkeypatch):
+    monkeypatch.setattr(attention_backends, "MIN_QUERY_BLOCK", 4)
+
+
+def naive(query, key, value, d_output, segments, keep=None):
+    """The output and the gradients of query, key and value, in float64; `keep` is [batch, heads, queries, keys]."""
+    query, key, value, d_output = (np.asarray(a, np.float64) for a in (query, key, value, d_output))
+    d_query, d_key, d_value, output = (np.zeros_like(a) for a in (query, key, value, query))
+    shared_by = query.shape[2] // key.shape[2]
+    for b in range(query.shape[0]):
+        for h in range(query.shape[2]):
+            k = h // shared_by
+            visible = np.tril(np.ones((query.shape[1],) * 2, bool))
+            if segments is not None:
+                visible &= segments[b][:, None] == segments[b][None]
+            logits = query[b, :, h] @ key[b, :, k].T / np.sqrt(query.shape[3])
+            exps = np.where(visible, np.exp(logits), 0)
+            weights = exps / exps.sum(-1, keepdims=True)
+            kept = np.ones_like(weights) if keep is None else keep[b, h] / (1 - RATE)
+            output[b, :, h] = (weights * kept) @ value[b, :, k]
+            d_value[b, :, k] += (weights * kept).T @ d_output[b, :, h]
+            d_weights = kept * (d_output[b, :, h] @ value[b, :, k].T)
+            d_logits = weights * (d_weights - np.sum(weights * d_weights, -1, keepdims=True)) / np.sqrt(query.shape[3])
+            d_query[b, :, h] = d_logits @ key[b, :, k]
+            d_key[b, :, k] += d_logits.T @ query[b, :, h]
+    return output, d_query, d_key, d_value
+
+
+@functools.cache
+def inputs(kv_heads: int):
+    """query, key, value and a gradient of the output."""
+    random = np.random.default_rng(kv_heads)
+    sizes = (HEADS, kv_heads, kv_heads, HEADS)
+    return tuple(random.standard_normal((BATCH, LENGTH, size, HEAD_DIM)).astype(np.float32) for size in sizes)
+
+
+def computed(query, key, value, d_output, segments, dropout_key=None):
+    """The same four by the backend."""
+
+    @jax.jit
+    def run(query, key, value, d_output):
+        attend = functools.partial(causal_attention, dropout_rate=RATE if dropout_key else 0.0, dropout_key=dropout_key)
+        output, pull = jax.vjp(lambda q, k, v: attend(q, k, v, segments), query, key, value)
+        return output, *pull(d_output)
+
+    return run(query, key, value, d_output)
+
+
+def assert_close(actual, expected, tolerance=2e-6):
+    for name, a, e in zip(("output", "d_query", "d_key", "d_value"), actual, expected, strict=True):
+        np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * np.abs(e).max(), err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "segments"),
+    [(4, SEGMENTS), (2, SEGMENTS), (2, None), (1, SEGMENTS)],
+    ids=["mha", "gqa", "whole", "mqa"],
+)
+def test_xla(kv_heads, segments):
+    assert len(query_blocks(LENGTH)) == 3
+    assert_close(computed(*inputs(kv_heads), segments), naive(*inputs(kv_heads), segments))
+
+
+def test_query_blocks_cover_every_query_once(monkeypatch):
+    for length in (1, 3, 4, 5, 11, 33, 1000):
+        blocks = query_blocks(length)
+        assert [t for start, end in blocks for t in range(start, end)] == list(range(length))
+        assert len(blocks) <= attention_backends.MAX_QUERY_BLOCKS
+    monkeypatch.undo()
+    assert query_blocks(64) == [(0, 64)]
+
+
+def test_large_logits_stay_finite():
+    query, key, value, d_output = inputs(4)
+    actual = computed(query * 100, key, value, d_output, SEGMENTS)
+    assert all(np.isfinite(a).all() for a in actual)
+    assert_close(actual, naive(query * 100, key, value, d_output, SEGMENTS), 1e-5)
+
+
+def test_dropout():
+    """What is kept is read off by attending to unit vectors; with that, values and gradients are the formula's."""
+    key = DropoutKey(jnp.array([7, 8], jnp.uint32))
+    query, keys, value, d_output = inputs(2)
+    unit = np.broadcast_to(np.eye(LENGTH, HEAD_DIM, dtype=np.float32)[None, :, None], value.shape)
+    weights, *_ = computed(query, keys, unit, d_output, None, key)
+    keep = np.asarray(weights).transpose(0, 2, 1, 3)[..., :LENGTH] > 0
+    visible = np.tril(np.ones((LENGTH, LENGTH), bool))
+    dropped = 1 - keep[:, :, visible].mean()
+    assert abs(dropped - RATE) < 4 * np.sqrt(RATE * (1 - RATE) / keep[:, :, visible].size)
+    assert_close(computed(query, keys, value, d_output, None, key), naive(query, keys, value, d_output, None, keep))
+    # The blocks take their parts of one mask, so how many there are does not matter.
+    mask = keep_mask(key, (BATCH, LENGTH, HEADS, LENGTH), RATE).transpose(0, 2, 1, 3)
+    np.testing.assert_array_equal(keep[:, :, visible], np.asarray(mask)[:, :, visible])
+
+
+def loop_over_documents(row, most):
+    starts = [t for t in range(len(row)) if t == 0 or row[t] != row[t - 1]]
+    ends = [*starts[1:], len(row)]
+    lengths = [end - start for start, end in zip(starts, ends, strict=True)]
+    offsets = [*starts, len(row)]
+    return lengths + [-1] * (most - len(lengths)), offsets + [-1] * (most + 1 - len(offsets)), len(starts) <= most
+
+
+@pytest.mark.parametrize("most", [2, 4, 11])
+def test_document_offsets(most):
+    rows = np.array([[1] * 4 + [2] * 5 + [0] * 2, [1] * 11, [1, 2] * 5 + [0]][: 3 if most == 11 else 2], np.int32)
+    lengths, offsets, fits = document_offsets(rows, most)
+    expected = [loop_over_documents(row, most) for row in rows]
+    assert fits == all(fit for *_, fit in expected)
+    if fits:
+        np.testing.assert_array_equal(lengths, [row for row, _, _ in expected])
+        np.testing.assert_array_equal(offsets, [row for _, row, _ in expected])
+
+
+def test_choose_backend():
+    def choose(name, platform="gpu", compute="bfloat16", dropout=0.0):
+        return choose_backend(name, platform, compute=compute, dropout=dropout)
+
+    assert choose("auto") == choose("auto", compute="float16") == choose("cudnn") == "cudnn"
+    assert choose("auto", "cpu") == choose("auto", compute="float32") == choose("auto", dropout=0.1) == "xla"
+    assert choose("xla") == "xla"
+    for wrong in ({"platform": "cpu"}, {"compute": "float32"}, {"dropout": 0.1}):
+        with pytest.raises(UserError, match="needs a GPU, bfloat16 or float16 compute and attention_dropout=0"):
+            choose("cudnn", **wrong)
+    with pytest.raises(UserError, match="Did you mean 'cudnn'"):
+        choose("cuddn")
