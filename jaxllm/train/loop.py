@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import absl.logging
 import jax
 import numpy as np
 
@@ -50,7 +49,6 @@ def train(
       UserError: a mistake in config, data or workdir, or a full disk.
     """
     check(config, len(devices or jax.devices()))
-    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax tells of every file
     workdir = Path(workdir)
     report = ProgressReport(quiet=quiet or jax.process_index() > 0)
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, config.train.keep_best, report.say)

@@ -52,3 +52,15 @@ def test_killed_before_a_save_is_committed(text, straight):
     campaign = kill_campaign.run_through(workdir, text, 0, random.Random(0))
     assert re.search(r"resumed at step 8, parameter hash [0-9a-f]{16} as saved", campaign.output)
     assert_bit_equal(workdir, straight)
+
+
+@pytest.mark.parametrize("small_disk", ["400k"], indirect=True)
+def test_a_full_disk_ends_a_run_in_two_lines(text, straight, small_disk):
+    changes = ("train.checkpoint_every=1", "train.keep=9")
+    child = tiny_run.start(small_disk / "run", text, *changes)
+    _, output = child.communicate()
+    assert child.returncode == 2
+    first, second = output.splitlines()[-2:]
+    assert "The checkpoint of step 2 could not be written" in first and "no space left on the disk" in first
+    assert "The checkpoint of step 1 is whole" in second
+    assert "Traceback" not in output and "orbax/" not in output
