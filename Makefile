@@ -17,7 +17,9 @@ quickstart: $(READY)
 	@echo; echo '--- what the model writes after "def read_" ---'
 	$(BIN)/jaxllm generate --workdir $(WORKDIR) --prompt 'def read_' --max_new_tokens 120 --temperature 0.7 --seed 1
 
-# The workers share what XLA compiles; the folder may be deleted at any time.
+# The workers, and the runs that tests start, share what XLA compiles; the folder may be deleted at any time.
+test: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
+test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 

@@ -171,7 +171,7 @@ def prepare(config: DataConfig, *, length: int, progress: bool = True, num_threa
         folders = [_tokens(c.source, held_out, tokenizer, cache, bar, threads) for c in components]
         train = [folder / "train" for folder in folders if (folder / "train").exists()]
         if len(train) < len(folders):
-            raise UserError(f"config.data.held_out={config.held_out!r} leaves no text to train on.")
+            raise _nothing_to_train_on(config)
         if held_out.kind == "file":
             source = open_source(kind_of(held_out.path), held_out.path, config.field)
             folders = [_tokens(source, held_out, tokenizer, cache, bar, threads, all_held_out=True)]
@@ -221,9 +221,15 @@ def _tokenizer(
                     _train_texts(component.source, held_out, report), int(SAMPLE_BYTES * component.weight / whole)
                 )
             ]
+            if not passages:
+                raise _nothing_to_train_on(config)
             train_tokenizer(passages, kind=kind, vocab_size=vocab_size).save(folder)
 
     return load_tokenizer(shards.cached(cache, f"tokenizer-{key}", train))
+
+
+def _nothing_to_train_on(config: DataConfig) -> UserError:
+    return UserError(f"config.data.held_out={config.held_out!r} leaves no text to train on.")
 
 
 def _train_texts(source: Source, held_out: HeldOut, report: Callable[[float], None]) -> Iterator[str]:

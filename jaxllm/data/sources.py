@@ -4,7 +4,6 @@ A source yields its documents in a fixed order, each time it is asked, and raise
 record) for anything that is not a document.
 """
 
-import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -170,18 +169,19 @@ class TfdsSource:
             raise UserError(f"config.data.source='tfds:{spec}': {_first_line(error)}") from error
 
     def _records(self) -> Sequence[dict[str, Any]]:
-        builder = self._builder
+        builder, where = self._builder, f"config.data.source='tfds:{self.spec}'"
         try:
             if not builder.is_prepared():
-                with contextlib.suppress(AttributeError):
-                    builder.info.set_file_format("array_record", override=True)
                 builder.download_and_prepare(file_format="array_record")
-            return builder.as_data_source(self.split)
         except Exception as error:
             raise UserError(
-                f"config.data.source='tfds:{self.spec}' in {builder.data_dir}: {_first_line(error)} "
-                "(it must be prepared as array_record; set config.data.path to its data_dir)"
+                f"{where} is not in {builder.data_dir} and cannot be prepared: {_first_line(error)} "
+                "Set config.data.path to the data_dir where it is."
             ) from error
+        try:
+            return builder.as_data_source(self.split)
+        except Exception as error:
+            raise UserError(f"{where} in {builder.data_dir}: {_first_line(error)}") from error
 
     def documents(self) -> Iterator[Document]:
         records = self._records()
@@ -195,7 +195,8 @@ class TfdsSource:
     def identity(self) -> list[Any]:
         self._records()
         info = self._builder.info
-        return ["tfds", info.full_name, self.split, self.field, str(self._builder.data_dir), info.dataset_size]
+        size = int(info.dataset_size or 0)
+        return ["tfds", info.full_name, self.split, self.field, str(self._builder.data_dir), size]
 
 
 def _first_line(error: BaseException) -> str:

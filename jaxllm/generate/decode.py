@@ -21,13 +21,15 @@ from jaxllm.model.spec import ModelSpec
 
 Weights = dict[str, Any]  # nested by attribute name, as the parameters of a train state
 CHUNK = 256  # prompt tokens a row that are read at once: bounds the memory of attention over a long prompt
+SMALLEST_CHUNK, SMALLEST_CACHE = 16, 64  # tokens and slots a row: short prompts share one program
 
 
 class Rows(NamedTuple):
     """What a batch carries from one step to the next, beside the cache."""
 
-    tokens: Int[Array, "batch"]  # the newest token of each row, not yet in the cache
-    positions: Int[Array, "batch"]  # where it stands in its row
+    tokens: Int[Array, "batch 1"]  # the newest token of each row, not yet in the cache
+    positions: Int[Array, "batch 1"]  # where it stands in its row
+    segment_ids: Int[Array, "batch 1"]  # 1
     seen: Bool[Array, "batch vocab"]  # tokens of prompt and output, for the repetition penalty
     drawn: Int[Array, ""]  # tokens drawn so far
 
@@ -49,17 +51,12 @@ class Decoder:
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys, rows.drawn)
             tokens = sample(logits, rows.seen, settings, keys)
             seen = rows.seen.at[jnp.arange(len(tokens)), tokens].set(True)
-            tokens = pin(tokens, layout, P())  # small, and every process reads them all
-            return Rows(tokens, rows.positions + 1, seen, rows.drawn + 1)
-
-        def step(weights, cache, rows: Rows, settings: SamplingArrays, keys: Key[Array, "batch"]):
-            segment_ids = jnp.ones_like(rows.tokens)[:, None]
-            logits, cache = extend(weights, cache, rows.tokens[:, None], rows.positions[:, None], segment_ids)
-            return draw(logits, rows, settings, keys), cache
+            tokens = pin(tokens[:, None], layout, P())  # small, and every process reads them all
+            positions, seen = (constrain(a, "batch", None) for a in (rows.positions + 1, seen))
+            return Rows(tokens, positions, rows.segment_ids, seen, rows.drawn + 1)
 
         self._extend = jax.jit(extend, donate_argnums=1)
         self._draw = jax.jit(draw)
-        self._step = jax.jit(step, donate_argnums=1)
         self._empty = jax.jit(
             lambda batch, slots: empty_cache(self.config, batch, slots, self._dtype), static_argnums=(0, 1)
         )
@@ -86,15 +83,16 @@ class Decoder:
         for _ in range(max_new_tokens - 1):
             tokens = rows.tokens
             with use_layout(self.layout):
-                rows, cache = self._step(self._weights, cache, rows, arrays, keys)
-            yield np.asarray(tokens)[: len(prompts)]
-        yield np.asarray(rows.tokens)[: len(prompts)]
+                logits, cache = self._extend(self._weights, cache, rows.tokens, rows.positions, rows.segment_ids)
+                rows = self._draw(logits, rows, arrays, keys)
+            yield np.asarray(tokens)[: len(prompts), 0]
+        yield np.asarray(rows.tokens)[: len(prompts), 0]
 
     def _prefill(
         self, prompts: Sequence[Sequence[int]], batch: int, max_new_tokens: int
     ) -> tuple[Float[Array, "batch vocab"], KVCache, Rows]:
         longest = max(map(len, prompts))
-        chunk = min(CHUNK, power_of_two(longest))
+        chunk = min(CHUNK, max(SMALLEST_CHUNK, power_of_two(longest)))
         width = round_up(longest, chunk)
         tokens, positions, segment_ids = pad_left(prompts, batch, width)
         cache = self._empty(batch, bucket(width + max_new_tokens))
@@ -104,8 +102,9 @@ class Decoder:
         seen = np.zeros((batch, self.config.vocab_size), bool)
         for row, prompt in enumerate(prompts):
             seen[row, list(prompt)] = True
-        newest = [self._put(a[:, -1], "batch") for a in (tokens, positions)]
-        return logits, cache, Rows(*newest, self._put(seen, "batch", None), jnp.zeros((), jnp.int32))
+        last = [self._put(tokens[:, -1:]), self._put(positions[:, -1:], "batch", None)]
+        last += [self._put(np.ones((batch, 1), np.int32), "batch", None), self._put(seen, "batch", None)]
+        return logits, cache, Rows(*last, self._put(np.int32(0)))
 
     def _put(self, value: np.ndarray, *axes: str | None) -> Array:
         return jax.device_put(value, self.layout.sharding(*axes))
@@ -132,5 +131,5 @@ def power_of_two(size: int) -> int:
 
 
 def bucket(slots: int) -> int:
-    """The cache size used for `slots`: a power of two up to 1024, then a multiple of 1024."""
-    return power_of_two(slots) if slots <= 1024 else round_up(slots, 1024)
+    """The cache size used for `slots`: a power of two from 64 to 1024, then a multiple of 1024."""
+    return max(SMALLEST_CACHE, power_of_two(slots)) if slots <= 1024 else round_up(slots, 1024)

@@ -20,7 +20,7 @@ from jaxllm.steps import pretrain
 
 @dataclass(frozen=True)
 class Score:
-    """Sums over all documents. Each token is predicted once, but for the first of its document (bos, if there is one)."""
+    """Sums over all documents. Each token is predicted once, but not the first of a document (bos, if there is one)."""
 
     nats: float
     tokens: int  # predicted, eos included

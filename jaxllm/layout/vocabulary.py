@@ -138,7 +138,8 @@ def cross_entropy(
     """Sum over tokens of weight * (-log softmax(hidden @ table.T)[target] + z_loss * log(Z)^2), in float32.
 
     The logits are computed a chunk of the sequence at a time, and the gradients in the same pass as the loss, so that
-    `[batch, length, vocab]` never exists and no logit is computed twice. z-loss: Chowdhery et al. 2022 (PaLM), section 5.
+    `[batch, length, vocab]` never exists and no logit is computed twice. z-loss: Chowdhery et al. 2022
+    (PaLM), section 5.
 
     Args:
       hidden: the last activations, any float dtype.

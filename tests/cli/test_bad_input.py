@@ -121,11 +121,11 @@ LAYOUTS = {  # on 8 devices
     "pipeline": ("mesh.pipeline=2", "config.mesh.pipeline=2: this version splits over replica, data and model only"),
     "heads and model": (
         "mesh.model=8",
-        "num_heads=4 is not divisible by config.mesh.model=8, which splits heads. Nearest: num_heads=8; or config.mesh.model=4.",
+        "not divisible by config.mesh.model=8, which splits heads. Nearest: num_heads=8; or config.mesh.model=4.",
     ),
     "mlp and model": (
         "mesh.model=4 --config.model.mlp_dim=130",
-        "mlp_dim=130 is not divisible by config.mesh.model=4, which splits mlp. Nearest: mlp_dim=128 or 132; or config.mesh.model=2.",
+        "by config.mesh.model=4, which splits mlp. Nearest: mlp_dim=128 or 132; or config.mesh.model=2.",
     ),
     "kv heads and model": (
         "mesh.model=4 --config.model.num_heads=12 --config.model.num_kv_heads=6 --config.model.embed_dim=48",
@@ -142,7 +142,7 @@ LAYOUTS = {  # on 8 devices
     ),
     "length and sequence parallelism": (
         "mesh.model=4 --config.layout.sequence_parallel --config.data.length=10",
-        "length=10 is not divisible by config.mesh.model=4, which splits residual_length. Nearest: length=8 or 12; or config.mesh.model=2.",
+        "which splits residual_length. Nearest: length=8 or 12; or config.mesh.model=2.",
     ),
     "unknown rules": (
         "layout.rules=megatorn",

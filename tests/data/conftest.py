@@ -1,9 +1,13 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from jaxllm.data.tokenizer import SentencePieceTokenizer
 from jaxllm.data.tokenizer_training import train_tokenizer
+
+settings.register_profile("no_deadline", deadline=None)
+settings.load_profile("no_deadline")
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

@@ -127,6 +127,7 @@ def test_tfds(tfds_folder):
     assert sorted(texts) == sorted(f"document {i} 曹操" for i in range(20))
     assert read("tfds:tiny", tfds_folder) == texts
     assert len(read("tfds:tiny:train[:50%]", tfds_folder)) == 10
+    json.dumps(open_source("tfds:tiny", str(tfds_folder)).identity())
     assert "tensorflow" not in sys.modules
 
 
