@@ -52,7 +52,7 @@ def train(
     workdir = Path(workdir)
     report = ProgressReport(quiet=quiet or jax.process_index() > 0)
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, config.train.keep_best, report.say)
-    with contextlib.ExitStack() as stack, _full_disk_is_told(workdir):
+    with _full_disk_is_told(workdir), contextlib.ExitStack() as stack:
         stack.enter_context(checkpoints)
         stack.callback(report.close)
 
@@ -221,6 +221,6 @@ def _full_disk_is_told(workdir: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
-            f"No space left on the disk of {workdir} ({error.filename or error}). "
+            f"no space left on the disk of {workdir} ({error.filename or error}).\n"
             "Free space and run the same command again to go on from the last checkpoint."
         ) from error
