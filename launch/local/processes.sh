@@ -13,10 +13,17 @@ for ((process = 0; process < processes; process++)); do
   CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-$process}" JAX_PROCESS_ID="$process" "${JAXLLM:-jaxllm}" "$@" &
   children+=($!)
 done
-trap 'kill -TERM "${children[@]}" 2>/dev/null' INT TERM
+trap 'signalled=1; kill -TERM "${children[@]}" 2>/dev/null' INT TERM
 
+# A trapped signal ends `wait` early, while the processes are still saving: wait again for their own exit codes.
 code=0
 for child in "${children[@]}"; do
-  wait "$child" || { status=$?; [ "$code" -eq 0 ] && code=$status; }
+  signalled=1
+  while [ "$signalled" -eq 1 ]; do
+    signalled=0
+    wait "$child"
+    status=$?
+  done
+  [ "$code" -eq 0 ] && code=$status
 done
 exit "$code"
