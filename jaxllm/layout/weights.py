@@ -39,7 +39,9 @@ def _einsums_forward(layout, equations, axes, x, weights):
 def _einsums_backward(layout, equations, axes, residuals, gradients):
     x, weights = residuals
     whole = weights
-    if layout is not None and any(zero.is_gathered_at_use(layout, a, w.shape) for w, a in zip(weights, axes)):
+    if layout is not None and any(
+        zero.is_gathered_at_use(layout, a, w.shape) for w, a in zip(weights, axes, strict=True)
+    ):
         *whole, x = zero.barrier(*weights, x)
     whole = [zero.gather_for_use(layout, w, a).astype(x.dtype) for w, a in zip(whole, axes, strict=True)]
     reduce_dtype = jnp.float32 if layout is None else jnp.dtype(layout.reduce_dtype)
@@ -55,12 +57,14 @@ def _einsums_backward(layout, equations, axes, residuals, gradients):
 _einsums.defvjp(_einsums_forward, _einsums_backward)
 
 
+def _parts(layout: Layout | None, w: Array, axes: Axes) -> int:
+    """Into how many parts the output axis of a column-parallel weight [input, output, …] is split."""
+    parts = layout.size(axes[1]) if layout is not None else 1
+    return parts if w.shape[1] % parts == 0 else 1
+
+
 def _joint_input_gradient(layout, equations, axes, weights, gradients) -> Array:
-    parts = (
-        {layout.size(a[1]) if w.shape[1] % layout.size(a[1]) == 0 else 1 for w, a in zip(weights, axes)}
-        if layout
-        else {1}
-    )
+    parts = {_parts(layout, w, a) for w, a in zip(weights, axes, strict=True)}
     if len(weights) > 1 and len(parts) == 1 and (n := parts.pop()) > 1:
         # Each device's columns of every weight side by side: [embed, parts, columns a part].
         w = jnp.concatenate([w.reshape(w.shape[0], n, -1) for w in weights], axis=2)

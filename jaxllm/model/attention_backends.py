@@ -55,7 +55,7 @@ def causal_attention(
     dropout_rate: float = 0.0,
     dropout_key: DropoutKey | None = None,
 ) -> Float[Array, "batch length heads head_dim"]:
-    """softmax(query key^T / sqrt(head_dim)) value over the earlier tokens of the same segment, by the chosen backend."""
+    """softmax(query key^T / sqrt(head_dim)) value over the earlier tokens of the same segment."""
     layout = chosen_layout()
     name = layout.attention if layout else "xla"
     if name == "auto":

@@ -10,7 +10,7 @@ from jaxllm.model.config import ModelConfig
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens so far. All rows fill their slots together; slots of segment 0 are never attended."""
+    """Keys and values so far. All rows fill their slots together; slots of segment 0 are never attended."""
 
     keys: Float[Array, "layers batch slots kv_heads head_dim"]
     values: Float[Array, "layers batch slots kv_heads head_dim"]

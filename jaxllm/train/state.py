@@ -20,6 +20,8 @@ FIRST_LOSS_SCALE = (
     2.0**15
 )  # float16; halved after an overflow, doubled after 2,000 good steps (Micikevicius et al. 2018)
 
+WHOLE = P()
+
 
 class TrainState(NamedTuple):
     """Everything a step reads and writes on the devices. The data iterator's state is saved beside it."""
@@ -48,7 +50,7 @@ def abstract_state(
     """The state as `jax.ShapeDtypeStruct`s with their shardings: what a checkpoint is restored into."""
     shapes = jax.eval_shape(lambda: new_state(spec, optimizer, 0, compute))
 
-    def place(leaf: jax.ShapeDtypeStruct, partition: P = P()) -> jax.ShapeDtypeStruct:
+    def place(leaf: jax.ShapeDtypeStruct, partition: P = WHOLE) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(layout.mesh, partition))
 
     specs = jax.tree.map(lambda leaf, axes: zero.state_spec(layout, axes, leaf.shape), spec.shapes, spec.axes)

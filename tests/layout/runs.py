@@ -1,0 +1,140 @@
+"""Small models trained for a few steps under any layout: what the layout tests compare."""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from jaxllm.data.batch import Batch
+from jaxllm.layout.config import LayoutConfig, MeshConfig
+from jaxllm.layout.layout import Layout, make_layout
+from jaxllm.model.config import ModelConfig
+from jaxllm.model.spec import ModelSpec, model_spec
+from jaxllm.steps import STEPS
+from jaxllm.train.config import Config, OptimizerConfig, PrecisionConfig
+from jaxllm.train.optimizer import make_optimizer, make_schedule
+from jaxllm.train.state import abstract_state, new_state
+from jaxllm.train.train_step import make_train_step
+
+LLAMA = ModelConfig(
+    num_layers=2,
+    embed_dim=32,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=4,
+    mlp_dim=64,
+    vocab_size=40,
+    max_length=16,
+    positions="rope",
+    norm="rmsnorm",
+    activation="silu",
+    gated_mlp=True,
+    use_bias=False,
+    tied_head=False,
+    dropout=0.1,
+    attention_dropout=0.1,
+    z_loss=1e-3,
+).resolved()
+# A vocabulary that no `model` divides, and everything else that Llama does not have.
+GPT2 = ModelConfig(
+    num_layers=2, embed_dim=32, num_heads=8, mlp_dim=64, vocab_size=37, max_length=16, dropout=0.1
+).resolved()
+FLOAT32 = Config(
+    precision=PrecisionConfig(compute="float32"), optimizer=OptimizerConfig(warmup_steps=2, learning_rate=1e-2)
+)
+BATCH, LENGTH, STEPS_TAKEN = 32, 16, 5
+
+
+class Shape(NamedTuple):
+    """A layout, as a test names it."""
+
+    replica: int
+    data: int
+    model: int
+    zero_stage: int = 1
+    sequence_parallel: bool = False
+    num_microbatches: int = 1
+
+    def __str__(self) -> str:
+        parallel = "-sp" if self.sequence_parallel else ""
+        return f"r{self.replica}d{self.data}m{self.model}-zero{self.zero_stage}{parallel}-mb{self.num_microbatches}"
+
+    def layout(self, **fields) -> Layout:
+        devices = jax.devices()[: self.replica * self.data * self.model]
+        mesh = MeshConfig(replica=self.replica, data=self.data, model=self.model)
+        config = LayoutConfig(
+            zero_stage=self.zero_stage,
+            sequence_parallel=self.sequence_parallel,
+            num_microbatches=self.num_microbatches,
+            **fields,
+        )
+        return make_layout(mesh, config, devices=devices)
+
+
+def all_shapes(devices: int = 8, microbatches: tuple[int, ...] = (1, 4)) -> list[Shape]:
+    """Every (replica, data, model) factorisation x ZeRO 0 to 3 x sequence parallelism x microbatches."""
+    sizes = [n for n in range(1, devices + 1) if devices % n == 0]
+    meshes = [mesh for mesh in itertools.product(sizes, repeat=3) if np.prod(mesh) == devices]
+    return [Shape(*mesh, *rest) for mesh in meshes for rest in itertools.product(range(4), (False, True), microbatches)]
+
+
+def canonical(shape: Shape) -> Shape:
+    """The first of the shapes that make the same program: what an axis of size 1 would split does not matter."""
+    return shape._replace(
+        zero_stage=shape.zero_stage if shape.data > 1 else 0,
+        sequence_parallel=shape.sequence_parallel and shape.model > 1,
+    )
+
+
+@functools.cache
+def parts(model: ModelConfig):
+    """Spec, optimizer, schedule and the first state on the host, made once a model."""
+    spec = model_spec(model)
+    optimizer = make_optimizer(FLOAT32.optimizer, 1000, spec.axes)
+    first = jax.device_get(jax.jit(lambda: new_state(spec, optimizer, 0))())
+    return spec, optimizer, make_schedule(FLOAT32.optimizer, 1000), first
+
+
+def make_batch(spec: ModelSpec, number: int, layout: Layout) -> Batch:
+    """Two documents a row and padding, loss masks of very uneven weight from row to row."""
+    random = np.random.default_rng(number)
+    tokens = random.integers(0, spec.config.vocab_size, (BATCH, LENGTH)).astype(np.int32)
+    first = random.integers(2, LENGTH - 4, (BATCH, 1))
+    column = np.arange(LENGTH)[None]
+    segments = np.where(column < first, 1, np.where(column < LENGTH - 2, 2, 0)).astype(np.int32)
+    positions = np.where(column < first, column, column - first).astype(np.int32)
+    counted = random.random((BATCH, LENGTH)) < random.random((BATCH, 1)) ** 2
+    counted &= (positions > 0) & (segments > 0)
+    return jax.device_put(Batch(tokens, positions, segments, counted), layout.sharding("batch", "length"))
+
+
+def lowered(model: ModelConfig, layout: Layout, config: Config = FLOAT32):
+    """The train step, lowered for abstract arguments."""
+    spec, optimizer, schedule, _ = parts(model)
+    state = abstract_state(spec, optimizer, layout)
+    place = NamedSharding(layout.mesh, layout.spec(("batch", "length")))
+    int32, boolean = (jax.ShapeDtypeStruct((BATCH, LENGTH), dtype, sharding=place) for dtype in (np.int32, bool))
+    step = make_train_step(STEPS["pretrain"], spec, optimizer, schedule, config, layout)
+    return step.trace(state, Batch(int32, int32, int32, boolean)).lower()
+
+
+def run(model: ModelConfig, layout: Layout, steps: int = STEPS_TAKEN) -> np.ndarray:
+    """Loss and gradient norm of each step, [steps, 2]."""
+    spec, optimizer, schedule, first = parts(model)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(spec, optimizer, layout))
+    state = jax.device_put(first, shardings)
+    step = make_train_step(STEPS["pretrain"], spec, optimizer, schedule, FLOAT32, layout)
+    seen = []
+    for number in range(steps):
+        state, metrics = step(state, make_batch(spec, number, layout))
+        seen.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+    return np.array(seen)
+
+
+@functools.cache
+def reference(model: ModelConfig) -> np.ndarray:
+    """The same on one device."""
+    return run(model, Shape(1, 1, 1, zero_stage=0).layout())
