@@ -77,12 +77,16 @@ def _joint_backward(layout, parts, axes, residuals, gradients):
     whole, gradients = _gather_again(layout, axes, weights, gradients)
     dy = jnp.concatenate([g.reshape(*g.shape[:2], parts, -1) for g in gradients], axis=3)
     dx = jnp.einsum("btnc,dnc->btd", dy, _side_by_side(whole, parts))
-    dw = _weight_gradient(layout, "btd", "btnc", "dnc", x, dy)
-    pieces = [
-        piece.reshape(w.shape)
-        for piece, w in zip(jnp.split(dw, _column_offsets(weights, parts), 2), weights, strict=True)
+    if layout is None:
+        together = _weight_gradient(layout, "btd", "btnc", "dnc", x, dy)
+        d_weights = jnp.split(together, _column_offsets(weights, parts), axis=2)
+    else:  # one by one, so that each is scattered along its own axis
+        flat = [g.reshape(*g.shape[:2], -1) for g in gradients]
+        d_weights = [_weight_gradient(layout, "btd", "btc", "dc", x, g) for g in flat]
+    reduced = [
+        zero.reduce_gradient(layout, g.reshape(w.shape), a, w.dtype)
+        for g, a, w in zip(d_weights, axes, weights, strict=True)
     ]
-    reduced = [zero.reduce_gradient(layout, g, a, w.dtype) for g, a, w in zip(pieces, axes, weights, strict=True)]
     return dx.astype(x.dtype), tuple(reduced)
 
 

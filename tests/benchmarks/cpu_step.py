@@ -3,10 +3,10 @@
     pip install torch==2.13.0          # only for this benchmark; without it jaxllm is timed alone
     python tests/benchmarks/cpu_step.py [--size nanogpt|llama] [--dtype float32|bfloat16] [--rounds 5] [--steps 8]
 
-`nanogpt` is the Shakespeare size of nanoGPT: 6 layers, 384 wide, 6 heads, context 256, batch 12, 65 characters; the other
-side is the same model in PyTorch with scaled_dot_product_attention, fused AdamW and gradient clipping. `llama` is an
-8.4M Llama (4 layers, 256 wide, 4 heads, mlp 1024, vocabulary 8192, length 256, batch 8), for which other JAX trainers
-were measured. Dropout is 0 on both sides. Machines are noisy: the ratio of one run counts, not the figures.
+`nanogpt` is the Shakespeare size of nanoGPT: 6 layers, 384 wide, 6 heads, context 256, batch 12, 65 characters; the
+other side is the same model in PyTorch with scaled_dot_product_attention, fused AdamW and gradient clipping. The size
+`llama` is an 8.4M Llama (4 layers, 256 wide, 4 heads, mlp 1024, vocabulary 8192, length 256, batch 8), for which other
+JAX trainers were measured. Dropout is 0 on both sides. Machines are noisy: the ratio of one run counts.
 """
 
 import argparse
