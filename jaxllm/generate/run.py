@@ -54,14 +54,16 @@ def read_run_config(workdir: str | Path) -> Config:
 def layout_for_use(config: Config, num_devices: int) -> Config:
     """`config` with the layout that generation and evaluation take where the user asks for none.
 
-    The weights are whole but for `model` (ZeRO 0), and the run's mesh is kept where it fits the devices that are here;
-    else as much of `model` as divides them, and `data` takes the rest.
+    The weights are whole but for `model` (ZeRO 0), and the layers run in a loop: an unrolled step copies the cache to
+    stack it. The run's mesh is kept where it fits the devices that are here; else as much of `model` as divides them,
+    and `data` takes the rest.
     """
     sizes = dataclasses.asdict(config.mesh)
     given = math.prod(size for size in sizes.values() if size != -1)
     fits = num_devices % given == 0 if -1 in sizes.values() else num_devices == given
     mesh = config.mesh if fits else MeshConfig(data=-1, model=math.gcd(abs(config.mesh.model), num_devices))
-    return dataclasses.replace(config, mesh=mesh, layout=dataclasses.replace(config.layout, zero_stage=0))
+    layout = dataclasses.replace(config.layout, zero_stage=0, scan_layers=True)
+    return dataclasses.replace(config, mesh=mesh, layout=layout)
 
 
 def open_run(workdir: str | Path, config: Config | None = None, say: Callable[[str], None] | None = None) -> Run:

@@ -13,6 +13,7 @@ axes "sharded" means.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,6 @@ def reduce_gradient(layout: Layout | None, g: Array, axes: Sequence[str | None],
     return g.astype(dtype)
 
 
-def barrier(*arrays: Array) -> tuple[Array, ...]:
+def barrier(*trees: Any) -> tuple[Any, ...]:
     """Keeps XLA from merging a gather of the backward pass with that of the forward pass, which would keep it alive."""
-    return jax.lax.optimization_barrier(arrays)
+    return jax.lax.optimization_barrier(trees)

@@ -26,7 +26,6 @@ CHOICES = {
     "precision.gradients": ("float32", "bfloat16"),
     "data.packing": ("concat", "best_fit"),
 }
-
 _AT_LEAST = {
     "model.num_layers": 1,
     "model.embed_dim": 1,

@@ -71,7 +71,7 @@ def test_unrolled_layers_are_recomputed_apart():
     print(matmuls, exponentials, barriers)
     assert matmuls[0] == matmuls[1] < matmuls[2]
     assert exponentials[0] < exponentials[1] == exponentials[2]
-    assert barriers[0] == 0 and barriers[1] >= 6 and barriers[2] >= 6
+    assert min(barriers[1:]) >= barriers[0] + 6
 
 
 def test_outputs_are_stacked():
