@@ -12,7 +12,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, verb: str, what: str, examples: str = "") -> None:
         super().__init__(
             prog=f"jaxllm {verb}",
-            usage=f"jaxllm {verb} [--flag=value …] [--config.GROUP.FIELD=VALUE …]",
+            usage=f"jaxllm {verb} [--flag=value …]",
             description=what,
             epilog=examples and f"examples:\n{examples}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -23,7 +23,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}. See {self.prog} --help.")
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
-        """Parses `argv`; a flag nobody knows is answered with the nearest one."""
+        """Parses `argv`; a flag nobody knows is answered with the nearest one, before a missing one is missed."""
+        known = {name for action in self._actions for name in action.option_strings}
+        for argument in argv:
+            if argument.startswith("--") and argument.partition("=")[0] not in known:
+                raise UserError(self._unknown(argument))
         options, unknown = self.parse_known_args(argv)
         if unknown:
             raise UserError(self._unknown(unknown[0]))

@@ -4,24 +4,23 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from typing import NoReturn
 
 import rich.console
 import rich.progress
 
+from jaxllm.cli.flags import Parser
 from jaxllm.data.sources import Source, open_source
 from jaxllm.data.tokenizer import SentencePieceTokenizer
 from jaxllm.data.tokenizer_training import KINDS, SAMPLE_BYTES, train_tokenizer
 from jaxllm.errors import UserError, did_you_mean
 
+EXAMPLES = """\
+  jaxllm tokenizer --input 'books/*.txt' --vocab_size 8000 --out tokenizers/books
+  jaxllm tokenizer --source jsonl --input corpus.jsonl.zst --kind unigram --vocab_size 32000 --out tokenizers/corpus"""
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"jaxllm tokenizer: {message}. See jaxllm tokenizer --help.")
 
-
-def _parser() -> _Parser:
-    parser = _Parser(prog="jaxllm tokenizer", description=__doc__, allow_abbrev=False)
+def _parser() -> Parser:
+    parser = Parser("tokenizer", "Trains a tokenizer on text and writes it to a folder.", EXAMPLES)
     parser.add_argument("--input", required=True, help="files, globs or folders, joined by commas")
     parser.add_argument("--out", required=True, help="folder to write tokenizer.model to")
     parser.add_argument("--vocab_size", type=int, default=8000, help="pieces in all (default %(default)s)")
@@ -40,12 +39,7 @@ def main(argv: list[str]) -> int:
     Raises:
       UserError: unknown flags, unreadable text, or a vocabulary that the text is too small or too rich for.
     """
-    parser = _parser()
-    flags, unknown = parser.parse_known_args(argv)
-    if unknown:
-        name = unknown[0].partition("=")[0]
-        known = [option for action in parser._actions for option in action.option_strings]
-        raise UserError(f"jaxllm tokenizer: {name} is not a flag. {did_you_mean(name, known)}")
+    flags = _parser().parse(argv)
     if flags.kind not in KINDS:
         raise UserError(f"--kind={flags.kind} is unknown. {did_you_mean(flags.kind, KINDS)}")
     if flags.vocab_size < 1 or flags.sample_bytes < 1:

@@ -166,10 +166,9 @@ def pin(x: Array, layout: Layout, spec: P) -> Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
 
 
-def local_size(layout: Layout | None, axes: Axes, shape: Sequence[int]) -> int:
-    """Elements a device holds of an activation with these logical axes."""
-    parts = 1 if layout is None else math.prod(layout.size(axis) for axis in axes if axis)
-    return math.ceil(math.prod(shape) / parts)
+def axis_names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """One dimension of a PartitionSpec as a tuple of mesh axes."""
+    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
 
 
 def as_dtype(name: str) -> jnp.dtype:

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxllm.layout import zero
-from jaxllm.layout.layout import Layout, current_layout, pin
+from jaxllm.layout.layout import Layout, axis_names, current_layout, pin
 
 TABLE = ("vocab", "embed")
 # Float32 logits that a device holds at a time while it computes the loss.
@@ -64,20 +64,26 @@ class _Place:
         return table if self.layout is None else pin(table, self.layout, self.table_spec())
 
     def reduce_spec(self, embed_dim: int) -> P:
-        """Where the gradient of the padded table is reduced to: with ZeRO 2 and 3 scattered along `embed`."""
-        if self.layout is None or self.layout.zero_stage < 2:
-            return self.table_spec()
-        axes = [a for a in self.layout.mesh_axes("state") if a in self.token_axes]
-        scattered = [a for a in axes if embed_dim % self.layout.mesh.shape[a] == 0][:1]
-        return P(self.vocab_axes or None, *(scattered or [None]))
+        """Where the gradient of the padded table is reduced to: as `zero.gradient_spec` says, where it can be reached.
+
+        Summing over tokens can scatter over the mesh axes that split tokens; others come later, in `finish_table`.
+        """
+        if self.layout is None:
+            return P(None, None)
+        wanted = [axis_names(part) for part in zero.gradient_spec(self.layout, TABLE, (self.padded_size, embed_dim))]
+        scattered = [tuple(axis for axis in axes if axis in self.token_axes) for axes in wanted]
+        return P((*self.vocab_axes, *scattered[0]) or None, scattered[1] or None)
 
     def reduce_table(self, gradient: Array) -> Array:
         """Sums a device's gradient of its rows over all devices that hold other tokens."""
-        scattered = self.reduce_spec(gradient.shape[1])[1] if self.layout is not None else None
-        summed = tuple(axis for axis in self.token_axes if axis != scattered)
-        if scattered:
-            gradient = jax.lax.psum_scatter(gradient, scattered, scatter_dimension=1, tiled=True)
-        return jax.lax.psum(gradient, summed) if summed else gradient
+        spec = self.reduce_spec(gradient.shape[1])
+        rest = set(self.token_axes)
+        for dimension, part in enumerate(spec):
+            axes = tuple(axis for axis in axis_names(part) if axis in rest)
+            if axes:
+                gradient = jax.lax.psum_scatter(gradient, axes, scatter_dimension=dimension, tiled=True)
+                rest -= set(axes)
+        return jax.lax.psum(gradient, tuple(sorted(rest))) if rest else gradient
 
     def finish_table(self, gradient: Array, dtype: jnp.dtype) -> Array:
         """The padded table's gradient as that of the table itself."""

@@ -4,6 +4,8 @@ These functions are all the model needs in order to run under every ZeRO stage a
 """
 
 import functools
+import itertools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -15,66 +17,108 @@ from jaxllm.layout.layout import Axes, Layout, current_layout
 
 
 def weight_einsums(
-    equation: Sequence[str], x: Float[Array, "..."], weights: Sequence[Float[Array, "..."]], axes: Sequence[Axes]
-) -> tuple[Float[Array, "..."], ...]:
-    """`einsum(equation[i], x, weights[i])` of one activation with weights of logical `axes[i]`, in the dtype of x.
+    equations: Sequence[str], x: Float[Array, "..."], weights: Sequence[Float[Array, "..."]], axes: Sequence[Axes]
+) -> list[Float[Array, "..."]]:
+    """`einsum(equations[i], x, weights[i])` of one activation with weights of logical `axes[i]`, in the dtype of x.
 
     Forward and backward each gather a weight where ZeRO 3 keeps it sharded, and drop it after use. The gradient of a
-    weight is reduced over the devices in `Layout.reduce_dtype`, and only then rounded. The gradients of x from several
-    column-parallel weights are computed as one matmul, so that tensor parallelism pays one all-reduce for them all.
+    weight is reduced over the devices in `Layout.reduce_dtype`, and only then rounded. Several column-parallel weights
+    [input, output, …] are one matmul, their columns side by side: larger, and tensor parallelism then pays one
+    all-reduce for the gradients that they all send back to x.
     """
-    return _einsums(current_layout(), tuple(equation), tuple(axes), x, tuple(weights))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _einsums(layout: Layout | None, equations: tuple[str, ...], axes: tuple[Axes, ...], x, weights):
-    whole = [zero.gather_for_use(layout, w, a).astype(x.dtype) for w, a in zip(weights, axes, strict=True)]
-    return tuple(jnp.einsum(equation, x, w) for equation, w in zip(equations, whole, strict=True))
-
-
-def _einsums_forward(layout, equations, axes, x, weights):
-    return _einsums(layout, equations, axes, x, weights), (x, weights)
-
-
-def _einsums_backward(layout, equations, axes, residuals, gradients):
-    x, weights = residuals
-    whole = weights
-    if layout is not None and any(
-        zero.is_gathered_at_use(layout, a, w.shape) for w, a in zip(weights, axes, strict=True)
-    ):
-        *whole, x = zero.barrier(*weights, x)
-    whole = [zero.gather_for_use(layout, w, a).astype(x.dtype) for w, a in zip(whole, axes, strict=True)]
-    reduce_dtype = jnp.float32 if layout is None else jnp.dtype(layout.reduce_dtype)
-    d_weights = []
-    for equation, w, w_axes, dy in zip(equations, weights, axes, gradients, strict=True):
-        left, right, output = equation.replace("->", ",").split(",")
-        dw = jnp.einsum(f"{left},{output}->{right}", x, dy, preferred_element_type=reduce_dtype)
-        d_weights.append(zero.reduce_gradient(layout, dw, w_axes, w.dtype))
-    dx = _joint_input_gradient(layout, equations, axes, whole, gradients)
-    return dx.astype(x.dtype), tuple(d_weights)
-
-
-_einsums.defvjp(_einsums_forward, _einsums_backward)
+    layout = current_layout()
+    parts = {_parts(layout, w, a) for w, a in zip(weights, axes, strict=True)}
+    if len(weights) > 1 and len(parts) == 1:
+        return list(_joint(layout, parts.pop(), tuple(axes), x, tuple(weights)))
+    return [_einsum(layout, e, a, x, w) for e, a, w in zip(equations, axes, weights, strict=True)]
 
 
 def _parts(layout: Layout | None, w: Array, axes: Axes) -> int:
-    """Into how many parts the output axis of a column-parallel weight [input, output, …] is split."""
+    """Into how many parts the output axis of a column-parallel weight is split."""
     parts = layout.size(axes[1]) if layout is not None else 1
     return parts if w.shape[1] % parts == 0 else 1
 
 
-def _joint_input_gradient(layout, equations, axes, weights, gradients) -> Array:
-    parts = {_parts(layout, w, a) for w, a in zip(weights, axes, strict=True)}
-    if len(weights) > 1 and len(parts) == 1 and (n := parts.pop()) > 1:
-        # Each device's columns of every weight side by side: [embed, parts, columns a part].
-        w = jnp.concatenate([w.reshape(w.shape[0], n, -1) for w in weights], axis=2)
-        dy = jnp.concatenate([g.reshape(*g.shape[:2], n, -1) for g in gradients], axis=3)
-        return jnp.einsum("btnc,dnc->btd", dy, w)
-    total = 0
-    for equation, w, dy in zip(equations, weights, gradients, strict=True):
-        left, right, output = equation.replace("->", ",").split(",")
-        total = total + jnp.einsum(f"{output},{right}->{left}", dy, w)
-    return total
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _einsum(layout: Layout | None, equation: str, axes: Axes, x: Array, w: Array) -> Array:
+    return jnp.einsum(equation, x, zero.gather_for_use(layout, w, axes).astype(x.dtype))
+
+
+def _einsum_forward(layout, equation, axes, x, w):
+    return _einsum(layout, equation, axes, x, w), (x, w)
+
+
+def _einsum_backward(layout, equation, axes, residuals, dy):
+    x, w = residuals
+    left, right, output = equation.replace("->", ",").split(",")
+    (whole,), dy = _gather_again(layout, (axes,), (w,), dy)
+    dx = jnp.einsum(f"{output},{right}->{left}", dy, whole)
+    dw = _weight_gradient(layout, left, output, right, x, dy)
+    return dx.astype(x.dtype), zero.reduce_gradient(layout, dw, axes, w.dtype)
+
+
+_einsum.defvjp(_einsum_forward, _einsum_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _joint(layout: Layout | None, parts: int, axes: tuple[Axes, ...], x: Array, weights: tuple[Array, ...]):
+    whole = [zero.gather_for_use(layout, w, a).astype(x.dtype) for w, a in zip(weights, axes, strict=True)]
+    y = jnp.einsum("btd,dnc->btnc", x, _side_by_side(whole, parts))
+    pieces = jnp.split(y, _column_offsets(weights, parts), axis=3)
+    return tuple(y.reshape(*x.shape[:2], *w.shape[1:]) for y, w in zip(pieces, weights, strict=True))
+
+
+def _joint_forward(layout, parts, axes, x, weights):
+    return _joint(layout, parts, axes, x, weights), (x, weights)
+
+
+def _joint_backward(layout, parts, axes, residuals, gradients):
+    x, weights = residuals
+    whole, gradients = _gather_again(layout, axes, weights, gradients)
+    dy = jnp.concatenate([g.reshape(*g.shape[:2], parts, -1) for g in gradients], axis=3)
+    dx = jnp.einsum("btnc,dnc->btd", dy, _side_by_side(whole, parts))
+    dw = _weight_gradient(layout, "btd", "btnc", "dnc", x, dy)
+    pieces = [
+        piece.reshape(w.shape)
+        for piece, w in zip(jnp.split(dw, _column_offsets(weights, parts), 2), weights, strict=True)
+    ]
+    reduced = [zero.reduce_gradient(layout, g, a, w.dtype) for g, a, w in zip(pieces, axes, weights, strict=True)]
+    return dx.astype(x.dtype), tuple(reduced)
+
+
+_joint.defvjp(_joint_forward, _joint_backward)
+
+
+def _side_by_side(weights: Sequence[Array], parts: int) -> Float[Array, "input parts columns"]:
+    """Each device's columns of every weight together, so that nothing moves between devices."""
+    return jnp.concatenate([w.reshape(w.shape[0], parts, -1) for w in weights], axis=2)
+
+
+def _column_offsets(weights: Sequence[Array], parts: int) -> list[int]:
+    return list(itertools.accumulate(math.prod(w.shape[1:]) // parts for w in weights))[:-1]
+
+
+def _gather_again(layout, axes, weights, gradients):
+    """The weights whole, in the dtype of the gradients; where ZeRO 3 dropped them, gathered a second time."""
+    if layout is not None and any(
+        zero.is_gathered_at_use(layout, a, w.shape) for w, a in zip(weights, axes, strict=True)
+    ):
+        weights, gradients = zero.barrier(weights, gradients)
+    dtype = jax.tree.leaves(gradients)[0].dtype
+    return [zero.gather_for_use(layout, w, a).astype(dtype) for w, a in zip(weights, axes, strict=True)], gradients
+
+
+def _weight_gradient(layout: Layout | None, left: str, output: str, right: str, x: Array, dy: Array) -> Array:
+    """The sum over tokens of x times dy."""
+    dtype = jnp.float32 if layout is None else jnp.dtype(layout.reduce_dtype)
+    if jax.default_backend() == "cpu" and dy.size < x.size:
+        # XLA's CPU backend transposes the first factor, slowly: that had better be the narrow one. The barrier keeps it
+        # from swapping the factors back.
+        swapped = "".join(axis for axis in output + left if axis in right)
+        dw = jnp.einsum(f"{output},{left}->{swapped}", dy, x, preferred_element_type=dtype)
+        (dw,) = jax.lax.optimization_barrier((dw,))
+        return dw.transpose([swapped.index(axis) for axis in right])
+    return jnp.einsum(f"{left},{output}->{right}", x, dy, preferred_element_type=dtype)
 
 
 def small_weight(w: Float[Array, "..."], axes: Axes) -> Float[Array, "..."]:

@@ -13,13 +13,14 @@ axes "sharded" means.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from jaxllm.layout.layout import Layout, pin
+from jaxllm.layout.layout import Layout, axis_names, pin
 
 # Stage 3 gathers tensors below this many elements a layer once a step, like stage 2: a norm's scale is not worth a
 # collective in every layer. The name for it in DeepSpeed is the parameter persistence threshold.
@@ -38,7 +39,7 @@ def state_spec(layout: Layout, axes: Sequence[str | None], shape: Sequence[int])
     stacked `layers` excepted, so that one layer can be gathered alone. A mesh axis that the compute sharding wanted but
     that does not divide its dimension (a vocabulary of odd size over `model`) finds its place here in the same way.
     """
-    parts = [_tuple(part) for part in compute_spec(layout, axes, shape)]
+    parts = [axis_names(part) for part in compute_spec(layout, axes, shape)]
     used = {axis for part in parts for axis in part}
     wanted = [axis for name in axes for axis in layout.mesh_axes(name)]
     spread = [*layout.mesh_axes("state"), *wanted] if layout.zero_stage else []
@@ -58,10 +59,6 @@ def _place(layout: Layout, axes, shape, parts: list[tuple[str, ...]], mesh_axis:
     if fitting:
         best = max(fitting, key=lambda i: (not parts[i], local(i)))
         parts[best] = (*parts[best], mesh_axis)
-
-
-def _tuple(part) -> tuple[str, ...]:
-    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
 
 
 def gradient_spec(layout: Layout, axes: Sequence[str | None], shape: Sequence[int]) -> P:
@@ -99,6 +96,6 @@ def reduce_gradient(layout: Layout | None, g: Array, axes: Sequence[str | None],
     return g.astype(dtype)
 
 
-def barrier(*arrays: Array) -> tuple[Array, ...]:
+def barrier(*trees: Any) -> tuple[Any, ...]:
     """Keeps XLA from merging a gather of the backward pass with that of the forward pass, which would keep it alive."""
-    return jax.lax.optimization_barrier(arrays)
+    return jax.lax.optimization_barrier(trees)

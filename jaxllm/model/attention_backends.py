@@ -104,87 +104,93 @@ def _flash(dropout_rate, query, key, value, segment_ids, key_rows):
     return _flash_forward(dropout_rate, query, key, value, segment_ids, key_rows)[0]
 
 
+# Inside, arrays are [batch, kv_heads, rows, …] where the rows of a block are its queries of every head of the group,
+# group by group: batched matmuls of two plain matrices, whatever the grouping.
+
+
 def _flash_forward(dropout_rate, query, key, value, segment_ids, key_rows):
-    q, k, v = _heads_first(query, key, value)
+    groups = query.shape[2] // key.shape[2]
+    k, v = key.swapaxes(1, 2), value.swapaxes(1, 2)
     outputs, normalisers = [], []
     for start, end in query_blocks(query.shape[1]):
-        logits = _block_logits(q[:, :, :, start:end], k[:, :, :end], segment_ids, start, end)
+        q = _rows(query[:, start:end], groups)
+        logits = _block_logits(q, k[:, :, :end], segment_ids, start, end)
         top = logits.max(-1, keepdims=True)
         exps = jnp.exp(logits - top)
         total = exps.sum(-1, keepdims=True)
-        weights = _drop(exps, dropout_rate, key_rows, start).astype(value.dtype)
-        output = jnp.einsum("bkgts,bksh->bkgth", weights, v[:, :, :end], preferred_element_type=jnp.float32)
-        outputs.append((output / total).astype(query.dtype))
-        normalisers.append((top + jnp.log(total))[..., 0])
-    output = checkpoint_name(_tokens_first(jnp.concatenate(outputs, axis=3), query.shape), "attention")
+        weights = _drop(exps, dropout_rate, key_rows, start, groups).astype(value.dtype)
+        output = jnp.einsum("bkrs,bksh->bkrh", weights, v[:, :, :end], preferred_element_type=jnp.float32)
+        outputs.append(_tokens((output / total).astype(query.dtype), groups))
+        normalisers.append(top + jnp.log(total))
+    output = checkpoint_name(jnp.concatenate(outputs, axis=1), "attention")
     output = constrain(output, *QUERY_AXES)
-    log_z = checkpoint_name(jnp.concatenate(normalisers, axis=3), "attention_statistics")
+    log_z = tuple(checkpoint_name(z, "attention_statistics") for z in normalisers)
     return output, (query, key, value, segment_ids, key_rows, output, log_z)
 
 
 def _flash_backward(dropout_rate, residuals, d_output):
     query, key, value, segment_ids, key_rows, output, log_z = residuals
-    q, k, v = _heads_first(query, key, value)
-    groups = q.shape[2]
-    d_out = _group(d_output, groups)
-    delta = jnp.sum(d_out.astype(jnp.float32) * _group(output, groups).astype(jnp.float32), -1, keepdims=True)
-    d_query, d_key, d_value = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    scale = 1 / math.sqrt(q.shape[-1])
-    for start, end in query_blocks(query.shape[1]):
-        rows = slice(start, end)
-        logits = _block_logits(q[:, :, :, rows], k[:, :, :end], segment_ids, start, end)
-        weights = jnp.exp(logits - log_z[:, :, :, rows, None])
-        d_weights = jnp.einsum(
-            "bkgth,bksh->bkgts", d_out[:, :, :, rows], v[:, :, :end], preferred_element_type=jnp.float32
-        )
-        d_weights = _drop(d_weights, dropout_rate, key_rows, start)
-        d_logits = (weights * (d_weights - delta[:, :, :, rows]) * scale).astype(q.dtype)
-        dropped = _drop(weights, dropout_rate, key_rows, start).astype(q.dtype)
-        d_query.append(jnp.einsum("bkgts,bksh->bkgth", d_logits, k[:, :, :end]))
-        d_key = d_key.at[:, :, :end].add(jnp.einsum("bkgts,bkgth->bksh", d_logits, q[:, :, :, rows]))
-        d_value = d_value.at[:, :, :end].add(jnp.einsum("bkgts,bkgth->bksh", dropped, d_out[:, :, :, rows]))
-    d_query = _tokens_first(jnp.concatenate(d_query, axis=3), query.shape)
-    d_key, d_value = (a.swapaxes(1, 2).astype(key.dtype) for a in (d_key, d_value))
+    groups = query.shape[2] // key.shape[2]
+    k, v = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    delta = jnp.sum(d_output.astype(jnp.float32) * output.astype(jnp.float32), -1, keepdims=True)
+    d_query, d_key, d_value = [], [], []
+    scale = 1 / math.sqrt(query.shape[-1])
+    for (start, end), z in zip(query_blocks(query.shape[1]), log_z, strict=True):
+        q, d_out, d_total = (_rows(a[:, start:end], groups) for a in (query, d_output, delta))
+        weights = jnp.exp(_block_logits(q, k[:, :, :end], segment_ids, start, end) - z)
+        d_weights = jnp.einsum("bkrh,bksh->bkrs", d_out, v[:, :, :end], preferred_element_type=jnp.float32)
+        d_weights = _drop(d_weights, dropout_rate, key_rows, start, groups)
+        d_logits = (weights * (d_weights - d_total) * scale).astype(q.dtype)
+        dropped = _drop(weights, dropout_rate, key_rows, start, groups).astype(q.dtype)
+        d_query.append(_tokens(jnp.einsum("bkrs,bksh->bkrh", d_logits, k[:, :, :end]), groups))
+        d_key.append(jnp.einsum("bkrs,bkrh->bksh", d_logits, q, preferred_element_type=jnp.float32))
+        d_value.append(jnp.einsum("bkrs,bkrh->bksh", dropped, d_out, preferred_element_type=jnp.float32))
+    d_key, d_value = (_sum_prefixes(blocks).swapaxes(1, 2).astype(key.dtype) for blocks in (d_key, d_value))
     axes = QUERY_AXES if groups == 1 else KEY_AXES
-    return constrain(d_query, *QUERY_AXES), constrain(d_key, *axes), constrain(d_value, *axes), None, None
+    d_query = constrain(jnp.concatenate(d_query, axis=1), *QUERY_AXES)
+    return d_query, constrain(d_key, *axes), constrain(d_value, *axes), None, None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
 
 
-def _heads_first(query, key, value):
-    groups = query.shape[2] // key.shape[2]
-    return _group(query, groups), key.swapaxes(1, 2), value.swapaxes(1, 2)
+def _rows(x: Float[Array, "batch length heads size"], groups: int) -> Float[Array, "batch kv_heads rows size"]:
+    batch, length, heads, size = x.shape
+    x = x.reshape(batch, length, heads // groups, groups, size).transpose(0, 2, 3, 1, 4)
+    return x.reshape(batch, heads // groups, groups * length, size)
 
 
-def _group(x: Array, groups: int) -> Float[Array, "batch kv_heads groups length head_dim"]:
-    """Query heads beside the key head that they share."""
-    batch, length, heads, head_dim = x.shape
-    return x.reshape(batch, length, heads // groups, groups, head_dim).transpose(0, 2, 3, 1, 4)
+def _tokens(x: Float[Array, "batch kv_heads rows size"], groups: int) -> Float[Array, "batch length heads size"]:
+    batch, kv_heads, rows, size = x.shape
+    x = x.reshape(batch, kv_heads, groups, rows // groups, size).transpose(0, 3, 1, 2, 4)
+    return x.reshape(batch, rows // groups, kv_heads * groups, size)
 
 
-def _tokens_first(x: Array, shape: tuple[int, ...]) -> Array:
-    return x.transpose(0, 3, 1, 2, 4).reshape(shape)
+def _sum_prefixes(blocks: list[Array]) -> Array:
+    """The sum of arrays of which each is longer than the one before along axis 2 and belongs at the start."""
+    total = blocks[0]
+    for block in blocks[1:]:
+        known = total.shape[2]
+        total = jnp.concatenate([block[:, :, :known] + total, block[:, :, known:]], axis=2)
+    return total
 
 
-def _block_logits(q: Array, k: Array, segment_ids: Array | None, start: int, end: int) -> Float[Array, "b k g t s"]:
-    logits = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-    visible = jnp.arange(start, end)[:, None] >= jnp.arange(end)
+def _block_logits(q: Array, k: Array, segment_ids: Array | None, start: int, end: int) -> Float[Array, "b k rows keys"]:
+    logits = jnp.einsum("bkrh,bksh->bkrs", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    groups = q.shape[2] // (end - start)
+    visible = (jnp.arange(start, end)[:, None] >= jnp.arange(end))[None]
     if segment_ids is not None:
-        same = segment_ids[:, start:end, None] == segment_ids[:, None, :end]
-        visible = (visible & same)[:, None, None]
-    return jnp.where(visible, logits, MASKED)
+        visible = visible & (segment_ids[:, start:end, None] == segment_ids[:, None, :end])
+    return jnp.where(jnp.tile(visible, (1, groups, 1))[:, None], logits, MASKED)
 
 
-def _drop(x: Array, rate: float, key_rows: Array | None, start: int) -> Array:
-    """Dropout on attention weights [batch, kv_heads, groups, queries, keys], whose first query is number `start`."""
+def _drop(x: Array, rate: float, key_rows: Array | None, start: int, groups: int) -> Float[Array, "b k rows keys"]:
+    """Dropout on a block of attention weights whose first query is number `start`."""
     if key_rows is None or rate == 0:
         return x
-    batch, kv_heads, groups, queries, keys = x.shape
-    shape = (batch, queries, kv_heads * groups, keys)
-    keep = keep_mask(DropoutKey(key_rows), shape, rate, offset=start)
-    keep = keep.reshape(batch, queries, kv_heads, groups, keys).transpose(0, 2, 3, 1, 4)
-    return jnp.where(keep, x / (1 - rate), 0)
+    batch, kv_heads, rows, keys = x.shape
+    keep = keep_mask(DropoutKey(key_rows), (batch, rows // groups, kv_heads * groups, keys), rate, offset=start)
+    return jnp.where(_rows(keep, groups), x / (1 - rate), 0)
 
 
 # --- cudnn -------------------------------------------------------------------------------------------------------

@@ -346,13 +346,15 @@ def _tells_damage(error: Exception) -> bool:
 
 
 def _hush_orbax() -> None:
-    """Tells nobody of what Orbax leaves behind after one read or write failed: the failure itself is raised.
+    """Keeps Orbax's own log off the terminal: what fails is raised, once.
 
-    TensorStore reports to an event loop that is closed, and asyncio tells of every task that failed beside the first.
+    It logs through absl, with tracebacks; after one failed read or write asyncio tells of every task beside it, and
+    TensorStore reports to an event loop that is closed.
     """
-    asyncio_logger = logging.getLogger("asyncio")
-    if _is_news not in asyncio_logger.filters:
-        asyncio_logger.addFilter(_is_news)
+    for name in ("absl", "asyncio"):
+        logger = logging.getLogger(name)
+        if _is_news not in logger.filters:
+            logger.addFilter(_is_news)
     previous = sys.unraisablehook
     if getattr(previous, "__name__", "") == "without_closed_loops":
         return
@@ -365,8 +367,8 @@ def _hush_orbax() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    message = record.getMessage()
-    return not ("exception was never retrieved" in message and "orbax" in message)
+    of_orbax = "orbax" in record.pathname if record.name == "absl" else "orbax" in record.getMessage()
+    return not of_orbax
 
 
 def _first_line(error: Exception) -> str:

@@ -1,14 +1,19 @@
 """Everything that can be said about a config before anything is compiled: each mistake with the nearest way out."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 
+from jax.sharding import AbstractMesh
+
 from jaxllm.config import one_of
 from jaxllm.errors import UserError
+from jaxllm.layout.layout import Layout
 from jaxllm.layout.mesh import mesh_shape
-from jaxllm.layout.rules import Rules, make_rules
+from jaxllm.layout.rules import Rules, describe, make_rules, parse_overrides
+from jaxllm.model.spec import model_spec
 from jaxllm.train.config import Config
-from jaxllm.train.optimizer import check_optimizer, make_schedule
+from jaxllm.train.optimizer import check_optimizer, flat_paths, make_schedule
 
 CHOICES = {
     "model.positions": ("learned", "rope", "none"),
@@ -21,6 +26,16 @@ CHOICES = {
     "precision.gradients": ("float32", "bfloat16"),
     "data.packing": ("concat", "best_fit"),
 }
+
+# Logical axes of what the model computes with, parameters aside.
+ACTIVATIONS = (
+    ("batch", "length", "embed"),
+    ("batch", "residual_length", "embed"),
+    ("batch", "length", "mlp"),
+    ("batch", "length", "heads", "head_dim"),
+    ("batch", "length", "kv_heads", "head_dim"),
+    ("batch", "length", "vocab"),
+)
 
 _AT_LEAST = {
     "model.num_layers": 1,
@@ -75,6 +90,7 @@ def check(config: Config, num_devices: int) -> None:
     shape = mesh_shape(config.mesh, num_devices)
     _check_length(config, rules, shape)
     _check_batch(config, rules, shape)
+    _check_rules(config, rules, shape)
 
 
 def check_for_use(config: Config, num_devices: int) -> None:
@@ -190,6 +206,29 @@ def _check_batch(config: Config, rules: Rules, shape: dict[str, int]) -> None:
             f"config.data.batch_size={size} is not divisible by {' x '.join(factors)}. "
             f"Nearest: batch_size={nearest_multiples(size, parts * microbatches)}."
         )
+
+
+def _check_rules(config: Config, rules: Rules, shape: dict[str, int]) -> None:
+    """No tensor split twice over one mesh axis, and no row of the user's that splits no tensor at all."""
+    layout = Layout(AbstractMesh(tuple(shape.values()), tuple(shape)), rules)
+    vocab_size = 8 * layout.size("vocab")  # the tokenizer's is not known yet, and is padded to what divides
+    spec = model_spec(dataclasses.replace(config.model, vocab_size=vocab_size).resolved())
+    shapes = {name: leaf.shape for name, leaf in flat_paths(spec.shapes).items()}
+    tensors = {name: (axes, shapes[name]) for name, axes in flat_paths(spec.axes).items()}
+    tensors |= {f"activation {describe(axes)}": (axes, None) for axes in ACTIVATIONS}
+    for axes, sizes in tensors.values():
+        layout.spec(axes, sizes)
+    for row in parse_overrides(config.layout.rule_overrides):
+        parts, written = _parts(row, rules, shape)
+        having = {name: sizes and sizes[axes.index(row)] for name, (axes, sizes) in tensors.items() if row in axes}
+        if row != "state" and not any(size is None or size % parts == 0 for size in having.values()):
+            sizes = [f"{name} has {size}" for name, size in having.items()]
+            why = (
+                f"{sizes[0]}, which {written} does not divide" if sizes else "no tensor of this model has such an axis"
+            )
+            raise UserError(
+                f"layout rule '{row}={'+'.join(rules.mesh_axes(row))}' splits nothing: {why}. Leave it out."
+            )
 
 
 def nearest_multiples(size: int, factor: int) -> str:

@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import absl.logging
 import jax
 import numpy as np
 
@@ -50,11 +49,10 @@ def train(
       UserError: a mistake in config, data or workdir, or a full disk.
     """
     check(config, len(devices or jax.devices()))
-    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax tells of every file
     workdir = Path(workdir)
     report = ProgressReport(quiet=quiet or jax.process_index() > 0)
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, config.train.keep_best, report.say)
-    with contextlib.ExitStack() as stack, _full_disk_is_told(workdir):
+    with _full_disk_is_told(workdir), contextlib.ExitStack() as stack:
         stack.enter_context(checkpoints)
         stack.callback(report.close)
 
@@ -223,6 +221,6 @@ def _full_disk_is_told(workdir: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
-            f"No space left on the disk of {workdir} ({error.filename or error}). "
+            f"no space left on the disk of {workdir} ({error.filename or error}).\n"
             "Free space and run the same command again to go on from the last checkpoint."
         ) from error

@@ -60,7 +60,7 @@ def make_train_step(
         )
         weight = jnp.maximum(summed.weight, 1)
         gradients = jax.tree.map(lambda g: g * (tokens / (weight * state.loss_scale)), summed.gradients)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         new = _update(optimizer, config.optimizer.clip_norm, state, gradients, norm)
         if compute == jnp.float16:
             new = _rescale(state, new, jnp.isfinite(norm))

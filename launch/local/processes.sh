@@ -9,14 +9,20 @@ shift
 export JAX_COORDINATOR_ADDRESS="localhost:${PORT:-8476}" JAX_NUM_PROCESSES="$processes"
 
 children=()
+trap 'signalled=1; kill -TERM "${children[@]}" 2>/dev/null' INT TERM
 for ((process = 0; process < processes; process++)); do
   CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-$process}" JAX_PROCESS_ID="$process" "${JAXLLM:-jaxllm}" "$@" &
   children+=($!)
 done
-trap 'kill -TERM "${children[@]}" 2>/dev/null' INT TERM
-
+# A trapped signal ends `wait` early, while the processes are still saving: wait again for their own exit codes.
 code=0
 for child in "${children[@]}"; do
-  wait "$child" || { status=$?; [ "$code" -eq 0 ] && code=$status; }
+  signalled=1
+  while [ "$signalled" -eq 1 ]; do
+    signalled=0
+    wait "$child"
+    status=$?
+  done
+  [ "$code" -eq 0 ] && code=$status
 done
 exit "$code"

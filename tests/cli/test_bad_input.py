@@ -151,6 +151,23 @@ LAYOUTS = {  # on 8 devices
     "unknown logical axis": ("layout.rule_overrides=mpl=model", "no such logical axis. Did you mean 'mlp'?"),
     "unknown mesh axis": ("layout.rule_overrides=mlp=modle", "no such mesh axis. Did you mean 'model'?"),
     "axis twice in a row": ("layout.rule_overrides=mlp=model+model", "names a mesh axis twice"),
+    "axis twice in a tensor": (
+        "layout.rule_overrides=embed=data",
+        "split both 'batch' and 'embed' of a tensor [batch, length, embed] over mesh axis 'data'",
+    ),
+    "axis twice in a parameter": (
+        "layout.rule_overrides=embed=model --config.mesh.model=2",
+        "split both 'vocab' and 'embed' of a tensor [vocab, embed] over mesh axis 'model'",
+    ),
+    "rule for an axis there is not": (
+        "layout.rule_overrides=experts=data",
+        "layout rule 'experts=data' splits nothing: no tensor of this model has such an axis. Leave it out.",
+    ),
+    "rule that divides nothing": (
+        "layout.rule_overrides=positions=model --config.mesh.model=2 --config.model.max_length=17 "
+        "--config.data.length=16",
+        "splits nothing: position_embedding has 17, which config.mesh.model=2 does not divide. Leave it out.",
+    ),
     "override without =": ("layout.rule_overrides=mlp", "is not of the form logical_axis=mesh_axis"),
 }
 

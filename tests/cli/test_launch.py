@@ -103,3 +103,18 @@ def test_local_processes_get_their_numbers_and_the_first_failure_is_the_exit_cod
     assert done.returncode == 2
     assert (tmp_path / "0").read_text() == "0 of 2: train --seed=3\n"
     assert (tmp_path / "1").read_text() == "1 of 2: train --seed=3\n"
+
+
+def test_local_processes_are_told_to_stop_and_waited_for(tmp_path):
+    saving = f"trap 'sleep 0.3; touch {tmp_path}/saved.$JAX_PROCESS_ID; exit 75' TERM"
+    stand_in(
+        tmp_path / "bin", "jaxllm", f"{saving}; touch {tmp_path}/ready.$JAX_PROCESS_ID; while true; do sleep 0.05; done"
+    )
+    environment = os.environ | {"JAXLLM": str(tmp_path / "bin" / "jaxllm")}
+    job = subprocess.Popen([LAUNCH / "local" / "processes.sh", "2", "train"], env=environment)
+    while not all((tmp_path / f"ready.{i}").exists() for i in range(2)):
+        assert job.poll() is None
+        time.sleep(0.01)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait() == 75
+    assert all((tmp_path / f"saved.{i}").exists() for i in range(2))

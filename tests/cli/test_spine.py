@@ -1,13 +1,18 @@
 """The main job from the command line: raw text, training, checkpoint, text. And what breaks it on the way."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from jaxllm.cli.main import main
 
+ROOT = Path(__file__).parents[2]
 CONFIG = """
 from jaxllm.train.config import base_config
 
@@ -63,6 +68,30 @@ def test_from_text_to_text(trained, capsys):
     result = json.loads(capsys.readouterr().out)
     assert result["step"] == 4
     assert result["characters"] == len(TEXT)
+
+
+def test_two_processes_train_what_one_does(trained, tmp_path):
+    """2 processes with 4 devices each, by launch/local/processes.sh, against one process with 8."""
+    script = tmp_path / "jaxllm"
+    script.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'import jaxllm.cli.main as m; exit(m.main())' \"$@\"\n")
+    script.chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {"JAXLLM": str(script), "PORT": port, "PYTHONPATH": str(ROOT)}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    argv = [ROOT / "launch" / "local" / "processes.sh", "2", *again(trained, tmp_path / "two")]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("done: ") == 1  # the first process speaks for both
+    for name in ("loss", "grad_norm", "eval_loss"):
+        one, two = (column(folder / "metrics.jsonl", name) for folder in (trained / "run", tmp_path / "two"))
+        assert len(one) == (2 if name == "eval_loss" else 4)
+        assert two == pytest.approx(one, rel=1e-5)
+
+
+def column(file: Path, name: str) -> list[float]:
+    return [r[name] for line in file.read_text().splitlines() if (r := json.loads(line)).get(name) is not None]
 
 
 def test_evaluate_agrees_with_the_run(trained, capsys, tmp_path):

@@ -34,7 +34,7 @@ def test_from_jsonl_unigram(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--inptu", "x"], "--inptu is not a flag. Did you mean '--input'"),
+        (["--inptu", "x"], "--inptu is not a flag of jaxllm tokenizer. Did you mean '--input'"),
         (["--kind", "bep"], "--kind=bep is unknown. Did you mean 'bpe'"),
         (["--vocab_size", "many"], "invalid int value"),
         (["--vocab_size", "0"], "must be above 0"),

@@ -83,9 +83,12 @@ def test_hash_is_of_bits_and_positions_not_of_the_layout():
         assert tree_hash(place(params, *shape)) == value
     kernel = params["head"]["kernel"]
     swapped = kernel.at[0, 0].set(kernel[5, 3]).at[5, 3].set(kernel[0, 0])
+    mirrored = kernel.at[0, 1].set(kernel[1, 0]).at[1, 0].set(kernel[0, 1])
     last_bit = kernel.at[7, 15].set(jnp.nextafter(kernel[7, 15], 9.0))
     zeros = [jnp.zeros((3, 4)), jnp.zeros((3, 4)).at[1, 1].set(-0.0), jnp.zeros((4, 3)), jnp.zeros((3, 4), jnp.int32)]
-    others = [tree_hash(params | {"head": {"kernel": k}}) for k in (swapped, last_bit, kernel.T, kernel[::-1])]
+    others = [
+        tree_hash(params | {"head": {"kernel": k}}) for k in (swapped, mirrored, last_bit, kernel.T, kernel[::-1])
+    ]
     others += [tree_hash({"head": leaf}) for leaf in zeros] + [tree_hash({"tail": zeros[0]})]
     others += [tree_hash({"head": kernel.astype(jnp.bfloat16)}), tree_hash({"head": kernel > 0})]
     assert len({value, *others}) == 1 + len(others)

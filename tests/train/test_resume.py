@@ -3,6 +3,7 @@
 import random
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -51,4 +52,19 @@ def test_killed_before_a_save_is_committed(text, straight):
     assert any((workdir / "checkpoints").glob(kill_campaign.UNFINISHED))
     campaign = kill_campaign.run_through(workdir, text, 0, random.Random(0))
     assert re.search(r"resumed at step 8, parameter hash [0-9a-f]{16} as saved", campaign.output)
+    assert_bit_equal(workdir, straight)
+
+
+@pytest.mark.parametrize("small_disk", ["1m"], indirect=True)
+def test_a_full_disk_ends_a_run_that_goes_on_once_there_is_room(text, straight, small_disk):
+    workdir, changes = small_disk / "run", ("train.checkpoint_every=1", "train.keep=99")
+    child = tiny_run.start(workdir, text, *changes)
+    _, output = child.communicate()
+    assert child.returncode == 2
+    assert re.search(r"\njaxllm: .*no space left on the disk.*\n.*run the same command again.*$", output, re.I)
+    assert "Traceback" not in output and "orbax/" not in output
+    saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
+    subprocess.run(["mount", "-o", "remount,size=99m", small_disk], check=True)
+    campaign = kill_campaign.run_through(workdir, text, 0, random.Random(0), *changes)
+    assert f"resumed at step {saved}," in campaign.output
     assert_bit_equal(workdir, straight)

@@ -1,0 +1,108 @@
+"""What a compiled program sends: its collectives, read from the HLO text that XLA prints."""
+
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
+_OPERATION = re.compile(rf"= (?P<shapes>.*?) (?P<kind>{'|'.join(KINDS)})(?:-start)?\(")
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+
+
+class Collective(NamedTuple):
+    """One array that one collective operation sends each time it runs; a combined operation is several of these."""
+
+    kind: str  # of KINDS
+    shape: tuple[int, ...]  # of the result, on one device
+    bytes: int
+    mesh_axes: tuple[str, ...]  # along which it communicates
+    runs: int  # times a step: the trip counts of the loops around it
+    source: str  # the JAX operation it comes from
+
+
+def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
+    """The collectives of a compiled program: `compiled.as_text()` of `jax.stages.Compiled`.
+
+    XLA's CPU backend has no pass that makes a reduce-scatter of an all-reduce whose result is sliced, so on CPU what
+    the partitioner reduces and scatters is counted as all-reduce.
+    """
+    found = []
+    runs = _runs(hlo)
+    for computation, line in _lines(hlo):
+        if match := _OPERATION.search(line):
+            axes = _mesh_axes(line, mesh)
+            source = re.search(r'op_name="([^"]*)"', line)
+            for dtype, dims in _SHAPE.findall(match["shapes"]):
+                shape = tuple(int(size) for size in dims.split(",") if size)
+                size = math.prod(shape) * DTYPE_BYTES[dtype]
+                name = source[1] if source else ""
+                found.append(Collective(match["kind"], shape, size, axes, runs.get(computation, 1), name))
+    return found
+
+
+def _lines(hlo: str):
+    """(name of the computation, line) of each instruction."""
+    computation = ""
+    for line in hlo.splitlines():
+        if line and not line[0].isspace():
+            computation = line.removeprefix("ENTRY ").split(" ")[0].lstrip("%")
+        else:
+            yield computation, line
+
+
+def _runs(hlo: str) -> dict[str, int]:
+    """How often each computation runs a step: the product of the trip counts of the loops it is in."""
+    callers = {}
+    for computation, line in _lines(hlo):
+        trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+        for callee in re.findall(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", line):
+            callers[callee] = (computation, int(trips[1]) if trips and f"body=%{callee}" in line else 1)
+
+    def count(name: str) -> int:
+        caller, trips = callers.get(name, (None, 1))
+        return trips * (count(caller) if caller else 1)
+
+    return {name: count(name) for name in callers}
+
+
+def _mesh_axes(line: str, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes along which the members of a replica group differ."""
+    groups = _groups(line, mesh.size)
+    members = np.array(groups[0]) if groups else np.arange(mesh.size)
+    coordinates = np.unravel_index(members, mesh.devices.shape)
+    return tuple(axis for axis, place in zip(mesh.axis_names, coordinates, strict=True) if len(set(place)) > 1)
+
+
+def _groups(line: str, num_devices: int) -> list[list[int]]:
+    """Replica groups in any of XLA's notations, by index of the device in the mesh."""
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", line):
+        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d, ]+)\}", match[1])]
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        shape, order = _ints(match[1]), _ints(match[2])
+        devices = np.arange(num_devices).reshape(order)
+        devices = devices.transpose(_ints(match[3])) if match[3] else devices
+        return devices.reshape(shape).tolist()
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:<=\[([\d,]+)\])?\s*\{([^}]*)\}", line):
+        return _mesh_groups(match[1], match[3], num_devices)
+    return []
+
+
+def _mesh_groups(sizes: str, axes: str, num_devices: int) -> list[list[int]]:
+    shape = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", sizes)}
+    along = [list(shape).index(name) for name in re.findall(r"'(\w+)'", axes)]
+    devices = np.arange(num_devices).reshape(tuple(shape.values()))
+    rest = [i for i in range(devices.ndim) if i not in along]
+    return devices.transpose(rest + along).reshape(-1, math.prod(devices.shape[i] for i in along)).tolist()
+
+
+def _ints(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
+
+
+def total_bytes(found: list[Collective], kind: str, mesh_axes: tuple[str, ...]) -> int:
+    """Bytes of the results of one kind of collective along these mesh axes, a step and device."""
+    return sum(c.bytes * c.runs for c in found if c.kind == kind and c.mesh_axes == mesh_axes)
