@@ -218,10 +218,10 @@ def _local_loss(place: _Place, z_loss: float, hidden, table, targets, weights, g
         d_logits = exps * (scale[..., None] / total) - jnp.where(is_target, weights[..., None], 0)
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.einsum("btv,vd->btd", d_logits, table, preferred_element_type=jnp.float32)
-        d_table += jnp.einsum("btv,btd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
+        d_table += jnp.einsum("btd,btv->dv", hidden, d_logits, preferred_element_type=jnp.float32)
         return (loss, d_table), place.sum_vocab(d_hidden.astype(hidden.dtype))
 
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(table.shape, jnp.float32) if gradients else None)
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(table.shape[::-1], jnp.float32) if gradients else None)
     split = lambda a: a.reshape(batch, length // chunk, chunk, *a.shape[2:]).swapaxes(0, 1)  # noqa: E731
     if chunk == length:
         (loss, d_table), d_hidden = one_chunk(start, (hidden, targets, weights))
@@ -233,7 +233,10 @@ def _local_loss(place: _Place, z_loss: float, hidden, table, targets, weights, g
         return loss, None, None
     if chunk < length:
         d_hidden = d_hidden.swapaxes(0, 1).reshape(batch, length, embed)
-    return loss, d_hidden, place.reduce_table(d_table)
+    if jax.default_backend() == "cpu":
+        # Keeps XLA from swapping the factors of d_table: its CPU backend transposes the first, which is the narrow one.
+        (d_table,) = jax.lax.optimization_barrier((d_table,))
+    return loss, d_hidden, place.reduce_table(d_table.T)
 
 
 def _chunk_length(batch: int, length: int, vocab: int) -> int:

@@ -8,8 +8,8 @@ import pytest
 from jaxllm.layout import zero
 from tests.layout.runs import GPT2, LLAMA, Shape, all_shapes, canonical, reference, run
 
-# A ZeRO stage has nothing to spread where data=1, nor has sequence parallelism where model=1: such layouts are run once,
-# and a few of the others below. JAXLLM_ALL_LAYOUTS=1 runs all 160.
+# A ZeRO stage has nothing to spread where data=1, nor has sequence parallelism where model=1: such layouts are run
+# once, and a few of the others below. JAXLLM_ALL_LAYOUTS=1 runs all 160.
 EVERY = os.environ.get("JAXLLM_ALL_LAYOUTS") == "1"
 SHAPES = all_shapes() if EVERY else list(dict.fromkeys(canonical(shape) for shape in all_shapes()))
 LEFT_OUT = [Shape(8, 1, 1, zero_stage=3, sequence_parallel=True), Shape(2, 1, 4, zero_stage=2, num_microbatches=4)]
