@@ -1,12 +1,18 @@
 """The same numbers everywhere: loss and gradient norm do not depend on the layout."""
 
+import os
+
 import numpy as np
 import pytest
 
 from jaxllm.layout import zero
-from tests.layout.runs import GPT2, LLAMA, Shape, all_shapes, canonical, lowered, reference, run
+from tests.layout.runs import GPT2, LLAMA, Shape, all_shapes, canonical, reference, run
 
-SHAPES = list(dict.fromkeys(canonical(shape) for shape in all_shapes()))
+# A ZeRO stage has nothing to spread where data=1, nor has sequence parallelism where model=1: such layouts are run once,
+# and a few of the others below. JAXLLM_ALL_LAYOUTS=1 runs all 160.
+EVERY = os.environ.get("JAXLLM_ALL_LAYOUTS") == "1"
+SHAPES = all_shapes() if EVERY else list(dict.fromkeys(canonical(shape) for shape in all_shapes()))
+LEFT_OUT = [Shape(8, 1, 1, zero_stage=3, sequence_parallel=True), Shape(2, 1, 4, zero_stage=2, num_microbatches=4)]
 SAMPLE = [
     Shape(1, 4, 2, zero_stage=3, sequence_parallel=True),
     Shape(1, 2, 4, zero_stage=2, num_microbatches=4),
@@ -30,6 +36,13 @@ def test_every_layout_gives_the_numbers_of_one_device(shape):
     agrees(shape, LLAMA)
 
 
+@pytest.mark.skipif(EVERY, reason="all layouts are run above")
+@pytest.mark.parametrize("shape", LEFT_OUT, ids=str)
+def test_layouts_left_out_above(shape):
+    assert shape not in SHAPES
+    agrees(shape, LLAMA)
+
+
 @pytest.mark.parametrize("shape", SAMPLE, ids=str)
 def test_a_vocabulary_that_does_not_divide(shape):
     """GPT-2: learned positions, biases, a tied head, 37 tokens."""
@@ -38,16 +51,4 @@ def test_a_vocabulary_that_does_not_divide(shape):
 
 def test_every_factorisation_is_there():
     assert len(all_shapes()) == 10 * 4 * 2 * 2
-    assert {canonical(shape) for shape in all_shapes()} == set(SHAPES)
-
-
-@pytest.mark.parametrize(
-    "shape", [Shape(8, 1, 1, zero_stage=3, sequence_parallel=True), Shape(1, 8, 1, 2, True)], ids=str
-)
-def test_layouts_that_are_not_run_are_the_same_program(shape):
-    text = lambda shape: lowered(LLAMA, shape.layout()).as_text()  # noqa: E731
-    if shape.data == 1:
-        monkeypatched = canonical(shape)
-        assert text(monkeypatched) == text(shape)
-    else:
-        assert text(canonical(shape)) == text(shape)
+    assert {canonical(shape) for shape in all_shapes()} <= set(SHAPES)
