@@ -19,6 +19,9 @@ def run_layers(
 ) -> tuple[Array, Any]:
     """Applies `layer(x, inputs of one layer) -> (x, outputs of one layer)` for each layer in turn.
 
+    On CPU, XLA merges what unrolled layers recompute with the first computation, so there `remat` saves memory only
+    with `scan_layers`.
+
     Args:
       layer: one layer; it is traced once (`scan_layers`) or once a layer.
       x: the activation that passes through.

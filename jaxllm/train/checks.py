@@ -90,6 +90,8 @@ def check_for_use(config: Config, num_devices: int) -> None:
         _refuse_unless(_value(config, name) >= least, config, name, f"{least} or more")
     for name in _ABOVE_ZERO:
         _refuse_unless(_value(config, name) > 0, config, name, "above 0")
+    if not 0 <= config.seed < 2**32:  # JAX's keys take no more of it
+        raise UserError(f"config.seed={config.seed} must be from 0 up to {2**32 - 1}.")
     for name, (rule, says) in _RANGES.items():
         _refuse_unless(rule(_value(config, name)), config, name, says)
     layout = config.layout

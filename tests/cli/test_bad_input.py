@@ -91,6 +91,8 @@ FIELDS = {
     "unknown precision": ("precision.compute=bf16", "Did you mean 'bfloat16'?"),
     "unknown attention": ("layout.attention=cudn", "Did you mean 'cudnn'?"),
     "zero stage": ("layout.zero_stage=4", "config.layout.zero_stage=4 must be 0, 1, 2 or 3."),
+    "seed": ("seed=4294967296", "config.seed=4294967296 must be from 0 up to 4294967295."),
+    "negative seed": ("seed=-1", "config.seed=-1 must be from 0"),
     "dropout": ("model.dropout=1.0", "config.model.dropout=1.0 must be from 0 up to, not including, 1."),
     "negative learning rate": (
         "optimizer.learning_rate=-1e-3",
