@@ -153,6 +153,30 @@ def compare(size: str, dtype: str, rounds: int, steps: int) -> None:
         print(f"{size:8} {dtype:9} ratio    {statistics.median(pairs):.2f} (from {min(pairs):.2f} to {max(pairs):.2f})")
 
 
+def matmul_rates() -> None:
+    """What a plain matmul of the nanogpt size reaches on both sides: no step can be faster than its matmuls."""
+    rows, inner, columns = 3072, 384, 1536
+    a, b = np.ones((rows, inner), np.float32), np.ones((inner, columns), np.float32)
+    x, y, multiply = jnp.asarray(a), jnp.asarray(b), jax.jit(jnp.matmul)
+    runs = {"jax": lambda: multiply(x, y).block_until_ready()}
+    if has_torch():
+        import torch
+
+        torch.set_num_threads(os.cpu_count())
+        u, v = torch.from_numpy(a), torch.from_numpy(b)
+        runs["pytorch"] = lambda: u @ v
+    for name, run in runs.items():
+        run()
+        best = min(_seconds(run) for _ in range(20))
+        print(f"matmul   float32   {name:8} {2e-9 * rows * inner * columns / best:8,.0f} GFLOP/s at best")
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
 def has_torch() -> bool:
     try:
         import torch  # noqa: F401
@@ -169,6 +193,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=8)
     args = parser.parse_args()
     print(f"jax {jax.__version__}, {os.cpu_count()} cores, {jnp.zeros(()).devices()}")
+    matmul_rates()
     for size in args.size:
         for dtype in args.dtype if size == "nanogpt" else ["float32"]:
             compare(size, dtype, args.rounds, args.steps)
