@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -77,3 +78,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         )
     grid = np.array(devices).reshape(tuple(shape[axis] for axis in AXES))
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def in_order(results: Any) -> Any:
+    """Returns what a jitted function returned, once the next program may follow it.
+
+    GPUs run programs in the order of their dispatch. CPUs may run two at once, and Gloo, which joins the processes of a
+    CPU run, cannot tell their collectives apart: they can wait for each other for ever. So there this waits.
+    """
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        jax.block_until_ready(results)
+    return results

@@ -15,6 +15,7 @@ import numpy as np
 from jaxllm.data.dataset import Dataset, prepare
 from jaxllm.errors import UserError
 from jaxllm.layout.layout import Layout, make_layout
+from jaxllm.layout.mesh import in_order
 from jaxllm.model.spec import model_spec
 from jaxllm.steps import STEPS
 from jaxllm.train.checkpoint import Checkpoints
@@ -115,7 +116,7 @@ def train(
             batch = next(loader)
             tokens_hash = hash_tokens(batch, tokens_hash)
             trace.before(step, state)
-            state, metrics = train_step(state, batch)
+            state, metrics = in_order(train_step(state, batch))
 
             # The devices have step n; only now wait for the metrics of step n - 1, so that they are never idle.
             if unread:
@@ -180,7 +181,7 @@ def evaluate(
     waiting: list[tuple[jax.Array, jax.Array]] = []
     with contextlib.closing(batches):
         for batch in islice(batches, config.train.eval_batches * microbatches or None):
-            waiting.append(eval_step(params, batch))
+            waiting.append(in_order(eval_step(params, batch)))
             if len(waiting) > 1:  # one in work, one dispatched
                 total, count = jax.device_get(waiting.pop(0))
                 nats, weight = nats + np.float64(total), weight + np.float64(count)

@@ -11,6 +11,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt32
 
+from jaxllm.layout.mesh import in_order
+
 
 def tree_hash(tree: Any) -> str:
     """The hash of all leaves of `tree`: 16 hexadecimal digits.
@@ -20,7 +22,9 @@ def tree_hash(tree: Any) -> str:
     different mixes give 64 bits. It waits for the arrays; only 8 bytes a leaf leave the devices.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    words = [_hasher(_everywhere(leaf))(leaf, _salt(jax.tree_util.keystr(path), leaf)) for path, leaf in leaves]
+    words = [
+        in_order(_hasher(_everywhere(leaf))(leaf, _salt(jax.tree_util.keystr(path), leaf))) for path, leaf in leaves
+    ]
     first, second = np.sum([np.asarray(pair, np.uint64) for pair in jax.device_get(words)], axis=0) & 0xFFFFFFFF
     return f"{first:08x}{second:08x}"
 

@@ -81,7 +81,7 @@ def test_two_processes_train_what_one_does(trained, tmp_path):
     environment = os.environ | {"JAXLLM": str(script), "PORT": port, "PYTHONPATH": str(ROOT)}
     environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
     argv = [ROOT / "launch" / "local" / "processes.sh", "2", *again(trained, tmp_path / "two")]
-    done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("done: ") == 1  # the first process speaks for both
     for name in ("loss", "grad_norm", "eval_loss"):
