@@ -235,7 +235,7 @@ class Checkpoints:
     def _remove_old(self) -> None:
         """Renames what is not kept, so that a number always names a whole one, and removes it in a thread."""
         steps = self.steps()
-        kept = set(steps[len(steps) - self.keep :] if self.keep else steps[-1:])
+        kept = set(steps[-max(self.keep, 1) :])
         if self.keep_best and len(steps) > len(kept):
             by_loss = sorted(steps, key=self._eval_loss)
             kept |= {step for step in by_loss[: self.keep_best] if self._eval_loss(step) < math.inf}

@@ -111,6 +111,12 @@ def test_keeps_the_newest_and_the_best(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4", "5"]
 
 
+@pytest.mark.parametrize(("keep", "left"), [(1, ["5"]), (3, ["3", "4", "5"]), (4, ["2", "3", "4", "5"])])
+def test_keeps_as_many_of_the_newest_as_asked(tmp_path, keep, left):
+    write(tmp_path, [1, 2, 3, 4, 5], keep=keep, keep_best=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
 def _truncate(folder):
     for data in (folder / "params").rglob("d/*"):
         os.truncate(data, data.stat().st_size // 2)
