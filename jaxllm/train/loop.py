@@ -143,6 +143,11 @@ def train(
             record = monitor.read(unread, logs)
             unread = None
             monitor.pause()
+            if monitor.nonfinite_on_end > config.train.max_nonfinite:
+                if logs:
+                    monitor.log(record)
+                report.say(_too_many_nonfinite(step, monitor.nonfinite_on_end, checkpoints.steps()))
+                return FAILED
             evaluation = evaluate(eval_step, state.params, data, config, layout) if evaluates else {}
             if logs:
                 monitor.log(record | evaluation)

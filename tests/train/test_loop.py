@@ -159,9 +159,10 @@ def test_the_tokenizer_must_fit_the_model(text, tmp_path):
     assert not (tmp_path / "config.json").exists()
 
 
-def test_a_gradient_that_stays_non_finite_ends_the_run(text, tmp_path, capsys):
+@pytest.mark.parametrize("every", [4, 1], ids=["read a step later", "read at each save"])
+def test_a_gradient_that_stays_non_finite_ends_the_run(text, tmp_path, capsys, every):
     changes = {"optimizer.learning_rate": 1e30, "optimizer.warmup_steps": 0, "train.max_nonfinite": 3}
-    assert train(text, tmp_path, **changes) == 1
+    assert train(text, tmp_path, **changes, **{"train.checkpoint_every": every}) == 1
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert records[-1]["nonfinite"] == 4 and records[-1]["loss"] is None
     assert "the gradient was not finite for 4 steps on end" in capsys.readouterr().err
