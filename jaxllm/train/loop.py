@@ -204,8 +204,7 @@ def _write_run(config: Config, data: Dataset, workdir: Path) -> None:
     """WORKDIR/config.json and WORKDIR/tokenizer: a run is complete in itself."""
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        if not (workdir / "tokenizer").exists():
-            data.tokenizer.save(workdir / "tokenizer")
+        data.tokenizer.save(workdir / "tokenizer")  # also over what a run without a checkpoint left there
         new = workdir / "config.json.new"
         new.write_text(json.dumps(config_dict(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         new.replace(workdir / "config.json")

@@ -16,6 +16,7 @@ import kill_campaign
 import tiny_run
 
 from jaxllm.data.tokenizer import load_tokenizer
+from jaxllm.data.tokenizer_training import train_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.train import loop
 from jaxllm.train.metrics import read_metrics
@@ -151,6 +152,25 @@ def test_resumed_on_another_layout(text, straight, preempted, tmp_path, capsys):
 def test_changes_that_would_break_a_run_are_refused(text, straight, changes, message):
     with pytest.raises(UserError, match=message):
         train(text, straight, **changes)
+
+
+def test_a_run_without_a_checkpoint_leaves_no_tokenizer_to_the_next(text, straight, tmp_path, tokenizer_of_another_run):
+    """Killed before its first save, even while it wrote the tokenizer; then started with another."""
+    workdir = tmp_path / "run"
+    tokenizer_of_another_run(workdir / "tokenizer")
+    assert train(text, workdir) == 0
+    want = load_tokenizer(straight / "tokenizer").fingerprint
+    assert load_tokenizer(workdir / "tokenizer").fingerprint == want
+
+
+@pytest.fixture(params=["whole", "folder"])
+def tokenizer_of_another_run(request):
+    def leave(folder):
+        folder.mkdir(parents=True)
+        if request.param == "whole":
+            train_tokenizer(["another text\n"] * 20, vocab_size=270).save(folder)
+
+    return leave
 
 
 def test_the_tokenizer_must_fit_the_model(text, tmp_path):
