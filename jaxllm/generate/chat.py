@@ -50,7 +50,9 @@ class Chat:
         seed: int = 0,
     ):
         self.roles, self.turns, self.forgotten = roles, [], 0
-        self._engine, self._sampling, self._max_new_tokens, self._stop = engine, sampling, max_new_tokens, tuple(stop)
+        # Of a short context an answer gets at most half, so that there is room for what is said.
+        self._max_new_tokens = min(max_new_tokens, engine.max_length // 2)
+        self._engine, self._sampling, self._stop = engine, sampling, tuple(stop)
         self._seed = seed
 
     def reset(self) -> None:
@@ -61,7 +63,7 @@ class Chat:
         """The model's answer to `line`, which is kept with it as a turn.
 
         Raises:
-          UserError: `line` alone, with the answer's max_new_tokens, is longer than the context.
+          UserError: `line` alone leaves no room in the context for max_new_tokens, or for half the context if less.
         """
         prompt = self._fit(line)
         first = True

@@ -14,7 +14,7 @@ class Parrot:
     max_length = 120
 
     def __init__(self, answers):
-        self.answers, self.prompts, self.seeds = list(answers), [], []
+        self.answers, self.prompts, self.seeds, self.budgets = list(answers), [], [], []
 
     def count_tokens(self, prompt):
         return len(prompt)
@@ -23,6 +23,7 @@ class Parrot:
         (prompt,) = prompts
         self.prompts.append(prompt)
         self.seeds.append(seed)
+        self.budgets.append(max_new_tokens)
         answer = self.answers.pop(0)
         for character in answer:
             on_text(0, character)
@@ -60,6 +61,13 @@ def test_a_line_that_never_fits_is_refused_and_says_why():
     _, chat = chat_with()
     with pytest.raises(UserError, match="leaves no room for an answer of 20 in the model's context of 120"):
         chat.say("x" * 100)
+
+
+def test_of_a_short_context_an_answer_takes_at_most_half():
+    """The default of 200 tokens is more than the whole context of configs/sanguo.py."""
+    engine, chat = chat_with("fine", "fine", new=200)
+    assert chat.say("x" * 20) == "fine"
+    assert engine.budgets == [60]
 
 
 def test_the_model_does_not_speak_for_the_user():
