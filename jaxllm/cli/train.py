@@ -1,5 +1,6 @@
 """`jaxllm train`: reads the config, checks it against the devices, runs the loop."""
 
+import os
 from pathlib import Path
 
 from jaxllm.cli import distributed
@@ -28,8 +29,7 @@ def main(argv: list[str]) -> int:
     if not options.workdir:
         raise UserError("say where the run lives: --workdir DIR.")
     workdir = Path(options.workdir)
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir {workdir} is a file. Give a folder; it is made where it does not exist.")
+    _check_workdir(workdir)
     config = load_config(options.config, overrides)
 
     distributed.initialize(options)
@@ -41,3 +41,13 @@ def main(argv: list[str]) -> int:
     from jaxllm.train import loop
 
     return loop.train(config, workdir)
+
+
+def _check_workdir(workdir: Path) -> None:
+    """Refuses a folder that could not be made or written, hours before the first checkpoint would tell."""
+    nearest = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        inside = "" if nearest == workdir else f": {nearest}, on the way to it,"
+        raise UserError(f"--workdir {workdir}{inside} is a file. Give a folder; it is made where it does not exist.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"--workdir {workdir}: {nearest} is not writable. Give a folder that is.")

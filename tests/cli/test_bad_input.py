@@ -61,6 +61,14 @@ def test_no_workdir(experiment, capsys):
 def test_workdir_is_a_file(experiment, capsys):
     said = mistake(["train", f"--config={experiment}", f"--workdir={experiment}"], capsys)
     assert f"--workdir {experiment} is a file" in said
+    said = mistake(["train", f"--config={experiment}", f"--workdir={experiment}/run"], capsys)
+    assert f"{experiment}, on the way to it, is a file" in said
+
+
+def test_workdir_is_not_writable(experiment, capsys, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: path != experiment.parent)  # the superuser may write anywhere
+    said = mistake(["train", f"--config={experiment}", f"--workdir={experiment.parent}/runs/1"], capsys)
+    assert f"--workdir {experiment.parent}/runs/1: {experiment.parent} is not writable" in said
 
 
 def test_missing_config_file(experiment, capsys):
