@@ -160,6 +160,8 @@ def prepare(config: DataConfig, *, length: int, progress: bool = True, num_threa
     _check(config, length)
     held_out = read_held_out(config.held_out)
     components = open_components(config)
+    if held_out.kind == "file":
+        _refuse_held_out_in_training(held_out, components, config.field)
     if held_out.kind == "marker" and len(components) > 1:
         raise UserError("config.data.held_out of a mixture is a fraction or file:PATH, not a text to search for.")
     cache = shards.cache_folder(config.cache)
@@ -196,6 +198,18 @@ def _check(config: DataConfig, length: int) -> None:
         raise UserError(
             f"config.data.eval_overlap={config.eval_overlap} must be less than the {length} tokens of a row. "
             f"0 stands for half of them, {length // 2}."
+        )
+
+
+def _refuse_held_out_in_training(held_out: HeldOut, components: Sequence[Component], field: str) -> None:
+    """A glob or a folder easily takes the held-out file in; every figure of an evaluation would then be flattered."""
+    source = open_source(kind_of(held_out.path), held_out.path, field)
+    held_out_files = {file.path.resolve() for file in getattr(source, "files", ())}
+    trained_on = [f.path for c in components for f in getattr(c.source, "files", ())]
+    if shared := [str(path) for path in trained_on if path.resolve() in held_out_files]:
+        raise UserError(
+            f"config.data.held_out='file:{held_out.path}': {shared[0]} is also one of the files that are trained on. "
+            "Move it out of config.data.path."
         )
 
 

@@ -91,6 +91,22 @@ def test_held_out_file(tmp_path, book):
         open_dataset(tmp_path, path=str(book), held_out="file:nowhere.txt")
 
 
+def test_a_held_out_file_is_not_trained_on(tmp_path, book):
+    other = tmp_path / "corpus" / "test.txt"
+    other.parent.mkdir()
+    other.write_text("zebra " * 99)
+    (other.parent / "train.txt").symlink_to(book)
+    for fields in (
+        {"path": str(other.parent)},
+        {"path": f"{book},{other.parent}/t*.txt"},
+        {"source": "mixture", "path": f"text:{book}=1,text:{other}=1"},
+    ):
+        with pytest.raises(UserError, match=r"test\.txt is also one of the files that are trained on"):
+            open_dataset(tmp_path, held_out=f"file:{other}", **fields)
+    with pytest.raises(UserError, match=r"book\.txt|train\.txt"):
+        open_dataset(tmp_path, path=str(other.parent / "train.txt"), held_out=f"file:{book}")
+
+
 def test_existing_tokenizer(tmp_path, book, tokenizer):
     tokenizer.save(tmp_path / "tokenizer")
     dataset = open_dataset(tmp_path, path=str(book), tokenizer=str(tmp_path / "tokenizer"))
