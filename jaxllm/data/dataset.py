@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import grain
 import jax
+import numpy as np
 import rich.console
 import rich.progress
 from jax.experimental import multihost_utils
@@ -279,12 +280,21 @@ def _tokens(
 
 
 def _first_process_first(make: Callable[[], T]) -> T:
-    """`make()`, in the other processes after the first has done it."""
+    """`make()`, in the other processes after the first has done it. Where one fails, all do: none waits for it."""
     if jax.process_count() == 1:
         return make()
-    made = make() if jax.process_index() == 0 else None
-    multihost_utils.sync_global_devices("jaxllm: data prepared")
-    return make() if made is None else made
+    made, error = None, None
+    for at_work in (jax.process_index() == 0, jax.process_index() > 0):
+        try:
+            made = make() if at_work else made
+        except Exception as caught:
+            error = caught
+        failed = multihost_utils.process_allgather(np.array(error is not None))
+        if error is not None:
+            raise error
+        if failed.any():
+            raise UserError(f"process {int(np.argmax(failed))} could not prepare the data; it says why.")
+    return made
 
 
 Bar = Callable[[str], "contextmanager[Callable[[float], None]]"]
