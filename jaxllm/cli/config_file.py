@@ -59,6 +59,8 @@ def merge(values: Mapping[str, Any]) -> ConfigDict:
         if not isinstance(config[name], ConfigDict):
             _assign(config, name, value)
             continue
+        if not isinstance(value, Mapping | ConfigDict):
+            raise UserError(f"config.{name}={value!r}: config.{name} is a group. Set a field: {_fields(config[name])}.")
         for field, item in value.items():
             _check_name(config, f"{name}.{field}")
             _assign(config[name], field, item, f"config.{name}.{field}")

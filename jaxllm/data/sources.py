@@ -80,8 +80,8 @@ def read_jsonl(file: files.InputFile, field: str) -> Read:
                 continue
             try:
                 record = json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
-                what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "too deep"
+            except (ValueError, RecursionError) as error:  # ValueError alone: a number of thousands of digits
+                what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
                 raise UserError(f"{where}: broken JSON: {what}. A jsonl file holds one JSON object a line.") from error
             records += 1
             yield text_field(record, field, where), where, reader.position
@@ -116,17 +116,20 @@ def read_parquet(file: files.InputFile, field: str) -> Read:
     import pyarrow
     import pyarrow.parquet
 
+    row = 0
     try:
         table = pyarrow.parquet.ParquetFile(file.path)
         names = table.schema_arrow.names
         if field not in names:
             raise UserError(f"{file.path}: no column '{field}'. There are: {', '.join(names)}. Set config.data.field.")
-        row, size = 0, file.path.stat().st_size
+        size = file.path.stat().st_size
         for batch in table.iter_batches(batch_size=1024, columns=[field]):
             for value in batch.column(0).to_pylist():
                 where = f"{file.path}: row {row}"
                 yield text_field({field: value}, field, where), where, size * (row + 1) // table.metadata.num_rows
                 row += 1
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file.path}: not UTF-8 in column '{field}', among the 1024 rows from {row} on.") from error
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file.path}: not a parquet file, or a broken one ({_first_line(error)}).") from error
 

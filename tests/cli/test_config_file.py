@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxllm.cli.config_file import load_config
+from jaxllm.cli.config_file import load_config, merge
 from jaxllm.cli.flags import split_overrides
 from jaxllm.errors import UserError
 
@@ -122,3 +122,8 @@ def test_config_file_mistakes(tmp_path, text, says):
 def test_a_missing_config_file_is_told_the_nearest(file, tmp_path):
     with pytest.raises(UserError, match=r"exprmnt.py: no such file. Did you mean 'experiment.py'\?"):
         load_config(str(tmp_path / "exprmnt.py"), {})
+
+
+def test_a_value_where_a_group_belongs():
+    with pytest.raises(UserError, match=r"config\.model=5: config\.model is a group. Set a field: .*num_layers"):
+        merge({"model": 5})

@@ -247,3 +247,17 @@ def test_mixture_mistakes(tmp_path, path, message):
 def test_kind_of():
     names = ["a.txt", "b.jsonl.gz", "c.jsonl.zst", "d.parquet", "e.array_record", "noname"]
     assert [kind_of(name) for name in names] == ["text", "jsonl", "jsonl", "parquet", "arrayrecord", "text"]
+
+
+def test_a_number_that_json_does_not_take(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": ' + "1" * 5000 + "}\n")
+    with pytest.raises(UserError, match=r"a\.jsonl:2: broken JSON: Exceeds the limit"):
+        list(open_source("jsonl", str(tmp_path / "a.jsonl")).documents())
+
+
+def test_parquet_text_that_is_not_utf8(tmp_path):
+    offsets = pa.py_buffer(np.array([0, 2], np.int32).tobytes())
+    column = pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(b"\xff\xfe")])
+    pyarrow.parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: not UTF-8 in column 'text'"):
+        list(open_source("parquet", str(tmp_path / "a.parquet")).documents())
