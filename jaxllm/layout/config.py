@@ -24,6 +24,10 @@ class LayoutConfig:
     sequence_parallel: bool = False  # between blocks the sequence is split over `model` too
     zero_stage: int = 1  # 0 to 3: when the weights are gathered, see layout/zero.py
     num_microbatches: int = 1  # gradient accumulation: microbatches a step
+    schedule: str = "1f1b"  # of a pipeline: gpipe | 1f1b | 1f1b_aligned | interleaved | zero_bubble | FILE.py:NAME
+    virtual_stages: int = 1  # interleaved: groups of layers a pipeline device holds
+    stage_layers: str = ""  # layers a stage: "" as even as can be | light_ends | a list such as "5,6,6,5"
+    context_attention: str = "ring"  # over the mesh axis `context`: ring | all_gather
     remat: str = "none"  # what the backward pass recomputes: none | selective | full
     scan_layers: bool = True  # one compiled layer looped; False unrolls (about 1.3 times as fast on CPU)
     attention: str = "auto"  # auto | xla | cudnn: the attention backend; see model/attention.py

@@ -6,10 +6,12 @@ one, `constrain` and its kin do nothing, and the same model code runs on one dev
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +40,28 @@ class Layout:
     remat: str = "none"
     scan_layers: bool = True
     attention: str = "auto"
+    context_attention: str = "ring"
+    schedule: str = "1f1b"
+    virtual_stages: int = 1
+    stage_layers: str = ""
     reduce_dtype: str = "float32"  # of the gradients' reduction over devices
+    # Mesh axes along which the code that is being traced already sees one device's part (inside `jax.shard_map`).
+    manual: frozenset[str] = frozenset()
 
     def mesh_axes(self, logical_axis: str | None) -> tuple[str, ...]:
-        """The mesh axes that really split `logical_axis`: those of size 1 are left out."""
-        return tuple(axis for axis in self.rules.mesh_axes(logical_axis) if self.mesh.shape[axis] > 1)
+        """The mesh axes that really split `logical_axis`: those of size 1, or already split, are left out."""
+        return tuple(
+            axis for axis in self.rules.mesh_axes(logical_axis) if self.mesh.shape[axis] > 1 and axis not in self.manual
+        )
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages: the devices that layers are dealt to."""
+        return self.mesh.shape["pipeline"]
+
+    def inside(self, *mesh_axes: str) -> "Layout":
+        """The same layout as code sees it that runs on one device's part along `mesh_axes`."""
+        return dataclasses.replace(self, manual=self.manual | set(mesh_axes))
 
     def size(self, logical_axis: str) -> int:
         """Into how many parts `logical_axis` is split."""
@@ -102,6 +121,10 @@ def make_layout(
         remat=layout.remat,
         scan_layers=layout.scan_layers,
         attention=layout.attention,
+        context_attention=layout.context_attention,
+        schedule=layout.schedule,
+        virtual_stages=layout.virtual_stages,
+        stage_layers=layout.stage_layers,
         reduce_dtype=reduce_dtype,
     )
 
@@ -163,7 +186,22 @@ _reshard.defvjp(_reshard_forward, _reshard_backward)
 
 def pin(x: Array, layout: Layout, spec: P) -> Array:
     """`x` with the sharding `spec`, inside a traced function."""
+    if layout.manual:  # there the mesh of the context is the one whose manual axes are known
+        return jax.lax.with_sharding_constraint(x, spec)
     return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
+
+
+def on_each_device(layout: Layout | None, local: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """`local`, written for one device's part of its arguments, as a function of the whole: `jax.shard_map`.
+
+    Manual over every mesh axis that is not yet, so it may be used inside another manual region (a pipeline's). Where it
+    is differentiated there, give it a `custom_vjp`: JAX cannot save the residuals of a nested `shard_map`.
+    """
+    if layout is None:
+        return local
+    axes = set(layout.mesh.axis_names) - layout.manual
+    mesh = {} if layout.manual else {"mesh": layout.mesh}
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False, **mesh)
 
 
 def axis_names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxllm.layout import zero
-from jaxllm.layout.layout import Layout, axis_names, current_layout, pin
+from jaxllm.layout.layout import Layout, axis_names, current_layout, on_each_device, pin
 
 TABLE = ("vocab", "embed")
 # Float32 logits that a device holds at a time while it computes the loss.
@@ -54,10 +54,7 @@ class _Place:
         return jax.lax.pmax(x, self.vocab_axes) if self.vocab_axes else x
 
     def run(self, local: Callable, in_specs: Any, out_specs: Any, *args: Array) -> Any:
-        if self.layout is None:
-            return local(*args)
-        mapped = jax.shard_map(local, mesh=self.layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        return mapped(*args)
+        return on_each_device(self.layout, local, in_specs, out_specs)(*args)
 
     def pad(self, table: Array) -> Array:
         """The table whole but for its vocabulary, with rows added until the vocabulary's mesh axes divide it."""

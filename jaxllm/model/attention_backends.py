@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.config import one_of
 from jaxllm.errors import UserError
-from jaxllm.layout.layout import Layout, chosen_layout, constrain, current_layout
+from jaxllm.layout.layout import Layout, chosen_layout, constrain, current_layout, on_each_device
 from jaxllm.model.dropout import DropoutKey, keep_mask
 
 BACKENDS = ("xla", "cudnn")
@@ -204,7 +204,7 @@ def _cudnn(layout: Layout | None, query, key, value, segment_ids):
     keys = heads if key.shape[2] == query.shape[2] else keys
     rows = P(*layout.spec(("batch", "length")))
     specs = (heads, keys, keys) if segment_ids is None else (heads, keys, keys, rows)
-    local = jax.shard_map(_cudnn_local, mesh=layout.mesh, in_specs=specs, out_specs=heads, check_vma=False)
+    local = jax.checkpoint(on_each_device(layout, _cudnn_local, specs, heads))  # no residuals of a nested shard_map
     return local(query, key, value) if segment_ids is None else local(query, key, value, segment_ids)
 
 
