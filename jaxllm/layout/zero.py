@@ -37,15 +37,22 @@ def state_spec(layout: Layout, axes: Sequence[str | None], shape: Sequence[int])
 
     From stage 1 on the mesh axes of the rules row `state` are laid over the largest dimension that they divide, the
     stacked `layers` excepted, so that one layer can be gathered alone. A mesh axis that the compute sharding wanted but
-    that does not divide its dimension (a vocabulary of odd size over `model`) finds its place here in the same way.
+    that does not divide its dimension (a vocabulary of odd size over `model`) finds its place here in the same way, and
+    so does `pipeline` for what is no layer: the embedding and the head weigh on no stage more than on another.
     """
-    parts = [axis_names(part) for part in compute_spec(layout, axes, shape)]
-    used = {axis for part in parts for axis in part}
-    wanted = [axis for name in axes for axis in layout.mesh_axes(name)]
+    spec = compute_spec(layout, axes, shape)
+    wanted = [axis for name in (*axes, *["layers"] * ("layers" not in axes)) for axis in layout.mesh_axes(name)]
     spread = [*layout.mesh_axes("state"), *wanted] if layout.zero_stage else []
     for mesh_axis in dict.fromkeys(spread):
-        if mesh_axis not in used:
-            _place(layout, axes, shape, parts, mesh_axis)
+        spec = with_axis(layout, axes, shape, spec, mesh_axis)
+    return spec
+
+
+def with_axis(layout: Layout, axes: Sequence[str | None], shape: Sequence[int], spec: P, mesh_axis: str) -> P:
+    """`spec` with `mesh_axis` laid over one more dimension, where it is not in use and divides one."""
+    parts = [axis_names(part) for part in spec]
+    if not any(mesh_axis in part for part in parts):
+        _place(layout, axes, shape, parts, mesh_axis)
     return P(*[part if len(part) > 1 else part[0] if part else None for part in parts])
 
 
@@ -73,12 +80,17 @@ def is_gathered_at_use(layout: Layout, axes: Sequence[str | None], shape: Sequen
     return layout.zero_stage == 3 and elements >= SMALL
 
 
-def gather_for_step(layout: Layout | None, w: Array, axes: Sequence[str | None], dtype: jnp.dtype) -> Array:
-    """A master weight as the step computes with it: cast first, then gathered, so that gathers travel in `dtype`."""
+def cast_at_rest(layout: Layout | None, w: Array, axes: Sequence[str | None], dtype: jnp.dtype) -> Array:
+    """A master weight in `dtype`, still spread as at rest, so that what is sent of it travels in `dtype`."""
     at_rest = w.astype(dtype)
+    return at_rest if layout is None else pin(at_rest, layout, state_spec(layout, axes, w.shape))
+
+
+def gather_for_step(layout: Layout | None, w: Array, axes: Sequence[str | None], dtype: jnp.dtype) -> Array:
+    """A master weight as the step computes with it: cast first, then gathered."""
+    at_rest = cast_at_rest(layout, w, axes, dtype)
     if layout is None:
         return at_rest
-    at_rest = pin(at_rest, layout, state_spec(layout, axes, w.shape))
     if is_gathered_at_use(layout, axes, w.shape):
         return at_rest
     return pin(at_rest, layout, compute_spec(layout, axes, w.shape))

@@ -104,14 +104,12 @@ class Transformer(nnx.Module):
         x, by = self._embed(tokens, positions, dropout)
         graph, weights = nnx.split(self.layers)
 
-        def layer(x, inputs):
-            index, weights = inputs
-            stream = dropout.fold("layer", index) if dropout else None
+        def layer(x, number, weights):
+            stream = dropout.fold("layer", number) if dropout else None
             x, _ = nnx.merge(graph, weights)(x, segment_ids, by, stream=stream)
             return x, None
 
-        numbers = jnp.arange(self.config.num_layers, dtype=jnp.uint32)
-        x, _ = run_layers(layer, x, (numbers, weights), self.config.num_layers)
+        x, _ = run_layers(layer, x, weights, self.config.num_layers)
         return reshard(self.final_norm(x), WHOLE, RESIDUAL)
 
     def extend(
@@ -130,7 +128,7 @@ class Transformer(nnx.Module):
         known = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, cache.filled, axis=1)
         slots = CacheSlots(known, cache.filled)
 
-        def layer(x, inputs):
+        def layer(x, number, inputs):
             weights, layer_cache = inputs
             return nnx.merge(graph, weights)(x, segment_ids, by, cache=layer_cache, slots=slots)
 

@@ -7,10 +7,12 @@ from jax.sharding import AbstractMesh
 
 from jaxllm.config import one_of
 from jaxllm.errors import UserError
+from jaxllm.layout import schedules
 from jaxllm.layout.check_rules import check_rules
 from jaxllm.layout.layout import Layout
 from jaxllm.layout.mesh import mesh_shape
 from jaxllm.layout.rules import Rules, make_rules, parse_overrides
+from jaxllm.layout.stages import make_stages
 from jaxllm.model.spec import ACTIVATIONS, model_spec
 from jaxllm.train.config import Config
 from jaxllm.train.optimizer import check_optimizer, make_schedule
@@ -79,6 +81,7 @@ def check(config: Config, num_devices: int) -> None:
     shape = mesh_shape(config.mesh, num_devices)
     _check_length(config, rules, shape)
     _check_batch(config, rules, shape)
+    _check_pipeline(config, rules, shape)
     _check_overrides(config, rules, shape, parse_overrides(layout.rule_overrides))
 
 
@@ -114,10 +117,10 @@ def _refuse_unless(fine: bool, config: Config, name: str, says: str) -> None:
 
 
 def _check_axes_at_hand(shape: dict[str, int]) -> None:
-    for axis in ("pipeline", "expert", "context"):
+    for axis in ("expert", "context"):
         if shape[axis] > 1:
             raise UserError(
-                f"config.mesh.{axis}={shape[axis]}: this version splits over replica, data and model only. "
+                f"config.mesh.{axis}={shape[axis]}: this version splits over pipeline, replica, data and model only. "
                 f"Set --config.mesh.{axis}=1 and give the devices to data or model."
             )
 
@@ -208,6 +211,20 @@ def _check_batch(config: Config, rules: Rules, shape: dict[str, int]) -> None:
             f"config.data.batch_size={size} is not divisible by {' x '.join(factors)}. "
             f"Nearest: batch_size={nearest_multiples(size, parts * microbatches)}."
         )
+
+
+def _check_pipeline(config: Config, rules: Rules, shape: dict[str, int]) -> None:
+    """The layers against the stages, and the schedule against the microbatches: the table is made, and proved."""
+    layout, num_stages = config.layout, shape["pipeline"]
+    if num_stages == 1:
+        return
+    if rules.mesh_axes("layers") != ("pipeline",):
+        raise UserError(
+            f"config.mesh.pipeline={num_stages}, but the rules do not split layers over pipeline alone. "
+            "Set --config.mesh.pipeline=1, or leave the row 'layers' as it is."
+        )
+    schedules.make_schedule(layout.schedule, num_stages, layout.num_microbatches, layout.virtual_stages)
+    make_stages(config.model.num_layers, num_stages, layout.virtual_stages, layout.stage_layers)
 
 
 def nearest_multiples(size: int, factor: int) -> str:

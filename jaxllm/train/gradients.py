@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.layout import zero
 from jaxllm.layout.layout import Layout, constrain, current_layout, pin
+from jaxllm.layout.pipeline import run_pipeline
 from jaxllm.model.head import Loss
 
 Tree = Any
@@ -43,6 +44,18 @@ def loss_and_gradients(
       scale: multiplies the loss that is differentiated (float16 needs it large, a sum over tokens small).
     """
     layout = current_layout()
+    if layout is not None and layout.num_stages > 1:
+        summed = run_pipeline(
+            layout,
+            loss,
+            params,
+            axes,
+            jax.tree.map(lambda x: _split(x, num_microbatches), batch),
+            compute=compute,
+            accumulate=accumulate,
+            scale=scale,
+        )
+        return Gradients(summed.total, summed.weight, _map(lambda g, a: _final(layout, g, a), summed.gradients, axes))
     weights = _map(lambda w, a: zero.gather_for_step(layout, w, a, compute), params, axes)
 
     def scaled(weights: Tree, microbatch: Tree) -> tuple[Array, Loss]:
@@ -62,6 +75,18 @@ def loss_and_gradients(
         microbatches = jax.tree.map(lambda x: _split(x, num_microbatches), batch)
         summed, _ = jax.lax.scan(lambda sums, m: (jax.tree.map(jnp.add, sums, one(m)), None), start, microbatches)
     return summed._replace(gradients=_map(lambda g, a: _final(layout, g, a), summed.gradients, axes))
+
+
+def summed_loss(
+    loss: Callable[[Tree, Tree], Loss], params: Tree, axes: Tree, batch: Tree, *, compute: jnp.dtype
+) -> tuple[Array, Array]:
+    """The summed loss of a batch and its weight, without gradients; a pipeline takes its microbatches in turn."""
+    layout = current_layout()
+    if layout is None or layout.num_stages == 1:
+        return tuple(loss(_map(lambda w, a: zero.gather_for_step(layout, w, a, compute), params, axes), batch))
+    microbatches = jax.tree.map(lambda x: _split(x, layout.num_microbatches), batch)
+    summed = run_pipeline(layout, loss, params, axes, microbatches, compute=compute, schedule="forward_only")
+    return summed.total, summed.weight
 
 
 def _split(x: Array, num_microbatches: int) -> Array:

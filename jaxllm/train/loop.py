@@ -177,10 +177,11 @@ def evaluate(
 ) -> dict[str, float]:
     """eval_loss (nats a token of the held-out split) and eval_bits_per_char.
 
-    Batches have the size of a microbatch, so that an evaluation never needs more memory than training; a limit of
-    `eval_batches` counts whole ones, so that it covers the same rows whatever the microbatches.
+    Batches have the size of a microbatch, so that an evaluation never needs more memory than training (a pipeline takes
+    whole ones, and splits them); a limit of `eval_batches` counts whole ones, so that it covers the same rows whatever
+    the microbatches.
     """
-    microbatches = config.layout.num_microbatches
+    microbatches = 1 if layout.num_stages > 1 else config.layout.num_microbatches
     batches = data.eval_batches(layout.sharding("batch", "length"), batch_size=config.data.batch_size // microbatches)
     nats, weight = np.float64(0), np.float64(0)
     waiting: list[tuple[jax.Array, jax.Array]] = []

@@ -9,12 +9,11 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxllm.layout.layout import Layout, as_dtype, use_layout
-from jaxllm.layout.zero import gather_for_step
 from jaxllm.model.dropout import dropout_key
 from jaxllm.model.spec import ModelSpec
 from jaxllm.steps.step import TrainStep
 from jaxllm.train.config import Config
-from jaxllm.train.gradients import loss_and_gradients
+from jaxllm.train.gradients import loss_and_gradients, summed_loss
 from jaxllm.train.state import TrainState, abstract_state
 
 Metrics = dict[str, Float[Array, ""]]
@@ -113,14 +112,18 @@ def _rescale(old: TrainState, new: TrainState, finite: Array) -> TrainState:
 def make_eval_step(
     step: TrainStep, spec: ModelSpec, config: Config, layout: Layout
 ) -> Callable[[Any, Any], tuple[Array, Array]]:
-    """Compiles `(params, batch) -> (summed loss in nats, tokens counted)`, without dropout."""
+    """Compiles `(params, batch) -> (summed loss in nats, tokens counted)`, without dropout.
+
+    A pipeline splits the batch into its microbatches, so that all stages have work.
+    """
     compute = as_dtype(config.precision.compute)
+
+    def loss(weights, batch):
+        return step.loss(spec.merge(weights), batch, dropout=None)
 
     @jax.jit
     def eval_step(params, batch):
         with use_layout(layout):
-            inner = layout if layout.mesh.size > 1 else None
-            weights = jax.tree.map(lambda w, a: gather_for_step(inner, w, a, compute), params, spec.axes)
-            return tuple(step.loss(spec.merge(weights), batch, dropout=None))
+            return summed_loss(loss, params, spec.axes, batch, compute=compute)
 
     return eval_step

@@ -76,10 +76,10 @@ def test_unrolled_layers_are_recomputed_apart():
 def test_outputs_are_stacked():
     """With a layer's inputs picked in turn, whether in a loop or not."""
 
-    def layer(x, inputs):
-        return x * inputs["factor"], x + inputs["add"]
+    def layer(x, number, inputs):
+        return x * inputs["factor"], x + inputs["add"] * (number + 1)
 
-    per_layer = {"factor": jnp.array([2.0, 3.0, 5.0]), "add": jnp.array([10.0, 20.0, 30.0])}
+    per_layer = {"factor": jnp.array([2.0, 3.0, 5.0]), "add": jnp.array([10.0, 10.0, 10.0])}
     for scan_layers in (True, False):
         layout = make_layout(MeshConfig(data=1), LayoutConfig(scan_layers=scan_layers), devices=jax.devices()[:1])
         with use_layout(layout):

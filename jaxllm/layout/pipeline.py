@@ -1,0 +1,401 @@
+"""Runs a schedule: one executor for every table, in one SPMD program.
+
+A pipeline is gradient accumulation with more than one stage. The table (layout/schedules.py) says what each device does
+at each tick; a `lax.switch` does that and nothing else, so an idle device computes nothing. Every tick ends with two
+`ppermute`s: activations to the next stage, their gradients to the one before. What a stage keeps of a microbatch is its
+input; the backward pass computes the rest again. The region is manual over `pipeline` alone: the other mesh axes are
+the compiler's affair, as without a pipeline.
+
+The loss function is cut at its layers (layout/layers.py): what comes before them runs on the first stage, what comes
+after on the last. The last stage has no use for a forward pass of its own, since its backward pass begins with one: so
+its forward action only takes the input in, which pays for the head.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from jaxllm.layout import zero
+from jaxllm.layout.layers import Layer, cut_at_layers, run_each
+from jaxllm.layout.layout import Layout, pin, use_layout
+from jaxllm.layout.schedule_buffers import assign_buffers
+from jaxllm.layout.schedules import Action, Schedule, make_schedule
+from jaxllm.layout.stages import Stages, collect, deal, make_stages, weight_spec
+
+Tree = Any
+LossFunction = Callable[[Tree, Tree], tuple[Array, Array]]  # (weights, microbatch) -> (summed loss, its weight)
+
+
+class PipelineSums(NamedTuple):
+    """Sums over the microbatches. The gradients, float32 or as accumulated, lie where gradients are accumulated."""
+
+    total: Float[Array, ""]
+    weight: Float[Array, ""]
+    gradients: Tree  # None for a schedule of forwards alone
+    executed: Int[Array, "stage action"]  # how often each stage really did each action
+
+
+def run_pipeline(
+    layout: Layout,
+    loss: LossFunction,
+    params: Tree,
+    axes: Tree,
+    microbatches: Tree,
+    *,
+    compute: jnp.dtype,
+    accumulate: jnp.dtype = jnp.float32,
+    scale: Float[Array, ""] | float = 1.0,
+    schedule: str | None = None,
+) -> PipelineSums:
+    """Sums loss and gradients over microbatches by a schedule.
+
+    Args:
+      layout: with more than one stage.
+      loss: a function of (weights in `compute`, microbatch) that runs its layers by `run_layers`, once. What the layers
+        close over (positions, segments, dropout) may depend on the microbatch, not on anything that is trained.
+      params, axes: the float32 master weights and their logical axes; a leading "layers" marks those of the layers.
+      microbatches: a tree of arrays [microbatch, batch, …].
+      scale: multiplies the loss that is differentiated.
+      schedule: default the layout's.
+    """
+    leaves, tree = jax.tree.flatten(params)
+    leaf_axes = tree.flatten_up_to(axes)
+    in_layers = [a[:1] == ("layers",) for a in leaf_axes]
+    num_layers = next(w.shape[0] for w, layered in zip(leaves, in_layers, strict=True) if layered)
+    num_microbatches = jax.tree.leaves(microbatches)[0].shape[0]
+    table = make_schedule(schedule or layout.schedule, layout.num_stages, num_microbatches, layout.virtual_stages)
+    stages = make_stages(num_layers, layout.num_stages, layout.virtual_stages, layout.stage_layers)
+
+    def enter(w: Array, a: tuple, layered: bool) -> Array:
+        w = zero.cast_at_rest(layout, w, a, compute)
+        if layered:
+            return deal(layout, stages, w, a)
+        return pin(w, layout, weight_spec(layout.inside("pipeline"), a, w.shape))
+
+    entered = [enter(*leaf) for leaf in zip(leaves, leaf_axes, in_layers, strict=True)]
+    executor = _Executor(layout.inside("pipeline"), table, stages, loss, tree, leaf_axes, in_layers, accumulate)
+    over_stages = [P("pipeline") if layered else P() for layered in in_layers]
+    has_gradients = executor.has_gradients
+    run = jax.shard_map(
+        executor.run,
+        mesh=layout.mesh,
+        in_specs=(over_stages, P(), P()),
+        out_specs=(P(), P(), over_stages if has_gradients else None, P("pipeline")),
+        axis_names={"pipeline"},
+        check_vma=False,
+    )
+    total, weight, gradients, executed = run(entered, microbatches, jnp.asarray(scale, jnp.float32))
+    if has_gradients:
+        parts = zip(gradients, leaf_axes, in_layers, strict=True)
+        gradients = tree.unflatten([collect(layout, stages, g, a) if layered else g for g, a, layered in parts])
+    return PipelineSums(total, weight, gradients, executed)
+
+
+class _Carry(NamedTuple):
+    """What a device takes from tick to tick."""
+
+    inputs: Float[Array, "slot batch length embed"]
+    gradients: Float[Array, "slot batch length embed"]  # those of outputs, waiting for their backward pass
+    activation: Float[Array, "batch length embed"]  # to send to the next stage
+    gradient: Float[Array, "batch length embed"]  # to send to the stage before
+    weight_gradients: list[Array] | None
+    total: Float[Array, ""]
+    weight: Float[Array, ""]
+    executed: Int[Array, "action"]
+
+
+class _Task(NamedTuple):
+    """A row of the table, on one device."""
+
+    action: Array
+    microbatch: Array
+    virtual_stage: Array
+    input_slot: Array
+    input_arrival: Array
+    gradient_slot: Array
+    gradient_arrival: Array
+
+
+class _Reached(Exception):
+    """Leaves a loss function where it reaches its layers, with a value from there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Executor:
+    layout: Layout  # as seen inside the region
+    table: Schedule
+    stages: Stages
+    loss: LossFunction
+    tree: Any
+    axes: list[tuple]
+    in_layers: list[bool]
+    accumulate: jnp.dtype
+
+    @property
+    def has_gradients(self) -> bool:
+        return bool((self.table.action > Action.FORWARD).any())
+
+    def run(self, weights: list[Array], microbatches: Tree, scale: Array):
+        """One device's part of the region."""
+        with use_layout(self.layout):
+            weights = [w[0] if layered else w for w, layered in zip(weights, self.in_layers, strict=True)]
+            stage = jax.lax.axis_index("pipeline")
+            buffers = assign_buffers(self.table)
+            columns = (self.table.action, self.table.microbatch, self.table.virtual_stage, *buffers[:4])
+            start = self._start(weights, microbatches, buffers.num_inputs, buffers.num_gradients)
+
+            def tick(carry: _Carry, row: list[Array]) -> tuple[_Carry, None]:
+                task = _Task(*(column[stage] for column in row))
+                here = _Here(self, weights, microbatches, scale, stage, task)
+                return self._exchange(here.act(carry), task), None
+
+            end, _ = jax.lax.scan(tick, start, [jnp.asarray(column, jnp.int32) for column in columns])
+            total, weight = jax.lax.psum((end.total, end.weight), "pipeline")
+            gradients = end.weight_gradients
+            if gradients is not None:
+                gradients = [
+                    g[None] if layered else jax.lax.psum(g, "pipeline")
+                    for g, layered in zip(gradients, self.in_layers, strict=True)
+                ]
+            return total, weight, gradients, end.executed[None]
+
+    def _start(self, weights: list[Array], microbatches: Tree, num_inputs: int, num_gradients: int) -> _Carry:
+        first = jax.tree.map(lambda a: a[0], microbatches)
+        x = jax.eval_shape(lambda: self.before(self.chunk(weights, 0), first))
+        place = lambda a: pin(a, self.layout, self.layout.spec(("batch", "residual_length", "embed")))  # noqa: E731
+        slots = lambda n: pin(  # noqa: E731
+            jnp.zeros((n, *x.shape), x.dtype),
+            self.layout,
+            self.layout.spec((None, "batch", "residual_length", "embed")),
+        )
+        accumulators = [self._accumulator(w, a) for w, a in zip(weights, self.axes, strict=True)]
+        zero_scalar = jnp.zeros((), jnp.float32)
+        return _Carry(
+            inputs=slots(max(num_inputs, 1)),
+            gradients=slots(max(num_gradients, 1)),
+            activation=place(jnp.zeros(x.shape, x.dtype)),
+            gradient=place(jnp.zeros(x.shape, x.dtype)),
+            weight_gradients=accumulators if self.has_gradients else None,
+            total=zero_scalar,
+            weight=zero_scalar,
+            executed=jnp.zeros(len(Action), jnp.int32),
+        )
+
+    def _accumulator(self, w: Array, axes: tuple) -> Array:
+        layered = axes[:1] == ("layers",)
+        spec = zero.gradient_spec(self.layout, axes, w.shape[1:] if layered else w.shape)
+        return pin(jnp.zeros(w.shape, self.accumulate), self.layout, P(None, *spec) if layered else spec)
+
+    def _exchange(self, carry: _Carry, task: _Task) -> _Carry:
+        """The end of a tick: everybody sends to both neighbours and keeps what the table says has arrived."""
+        number = self.table.num_stages
+        onward = [(i, (i + 1) % number) for i in range(number)]
+        activation = jax.lax.ppermute(carry.activation, "pipeline", onward)
+        carry = carry._replace(inputs=_store(carry.inputs, activation, task.input_arrival))
+        if not self.has_gradients:
+            return carry
+        gradient = jax.lax.ppermute(carry.gradient, "pipeline", [(to, sender) for sender, to in onward])
+        return carry._replace(gradients=_store(carry.gradients, gradient, task.gradient_arrival))
+
+    def chunk(self, weights: list[Array], virtual_stage: Array | int) -> list[Array]:
+        """The weights with those of one virtual stage's layers."""
+        pick = lambda w: jax.lax.dynamic_index_in_dim(w, virtual_stage, 0, keepdims=False)  # noqa: E731
+        return [pick(w) if layered else w for w, layered in zip(weights, self.in_layers, strict=True)]
+
+    def before(self, weights: list[Array], microbatch: Tree) -> Array:
+        """What enters the first layer."""
+        return self._until_layers(weights, microbatch, lambda layer, x, per_layer: x)
+
+    def through(self, weights: list[Array], microbatch: Tree, x: Array, numbers: Array) -> Array:
+        """What the layers of one virtual stage make of x."""
+
+        def run(layer: Layer, _: Array, per_layer: Tree) -> Array:
+            if (self.stages.numbers < 0).any():
+                layer = _skipping(layer)
+            return run_each(layer, x, numbers, per_layer)[0]
+
+        return self._until_layers(weights, microbatch, run)
+
+    def after(self, weights: list[Array], microbatch: Tree, x: Array) -> tuple[Array, Array]:
+        """The loss, from what leaves the last layer."""
+        with cut_at_layers(lambda layer, _, per_layer: x):
+            return tuple(self.loss(self.tree.unflatten(weights), microbatch))
+
+    def _until_layers(self, weights: list[Array], microbatch: Tree, at_layers: Callable) -> Array:
+        def leave(*stack):
+            raise _Reached(at_layers(*stack))
+
+        try:
+            with cut_at_layers(leave):
+                self.loss(self.tree.unflatten(weights), microbatch)
+        except _Reached as reached:
+            return reached.args[0]
+        raise TypeError("the loss function never runs its layers, so a pipeline has nothing to cut")
+
+
+def _store(slots: Array, x: Array, slot: Array) -> Array:
+    """`slots` with x in `slot`, unless that is -1."""
+    index = jnp.maximum(slot, 0)
+    held = jax.lax.dynamic_index_in_dim(slots, index, 0, keepdims=False)
+    return jax.lax.dynamic_update_index_in_dim(slots, jnp.where(slot >= 0, x, held), index, 0)
+
+
+def _skipping(layer: Layer) -> Layer:
+    """The layer, or nothing where its number is -1: this stage holds fewer than another."""
+
+    def one(x: Array, number: Array, inputs: Tree) -> tuple[Array, Tree]:
+        return jax.lax.cond(number >= 0, lambda: layer(x, number.astype(jnp.uint32), inputs)[0], lambda: x), None
+
+    return one
+
+
+@dataclasses.dataclass(frozen=True)
+class _Here:
+    """One device at one tick."""
+
+    executor: _Executor
+    weights: list[Array]
+    microbatches: Tree
+    scale: Array
+    stage: Array
+    task: _Task
+
+    def act(self, carry: _Carry) -> _Carry:
+        """Does the task. Only the actions that the table has are compiled."""
+        actions = sorted({Action.IDLE, *map(int, set(self.executor.table.action.ravel().tolist()))})
+        branches = {
+            Action.IDLE: lambda carry: carry,
+            Action.FORWARD: self.forward if self.executor.has_gradients else self.evaluate,
+            Action.BACKWARD: self.backward,
+            Action.BACKWARD_INPUT: self.backward_input,
+            Action.BACKWARD_WEIGHT: self.backward_weight,
+        }
+
+        def counted(action: Action) -> Callable:
+            return lambda carry: branches[action](carry._replace(executed=carry.executed.at[action].add(1)))
+
+        code = jnp.searchsorted(jnp.asarray(actions), self.task.action)
+        return jax.lax.switch(code, [counted(Action(action)) for action in actions], carry)
+
+    @property
+    def _is_first(self) -> Array:
+        return (self.stage == 0) & (self.task.virtual_stage == 0)
+
+    @property
+    def _is_last(self) -> Array:
+        table = self.executor.table
+        return (self.stage == table.num_stages - 1) & (self.task.virtual_stage == table.num_virtual_stages - 1)
+
+    def _setting(self, carry: _Carry) -> tuple[list[Array], Tree, Array]:
+        """Weights, microbatch and input of the task."""
+        chunk = self.executor.chunk(self.weights, self.task.virtual_stage)
+        microbatch = jax.tree.map(
+            lambda a: jax.lax.dynamic_index_in_dim(a, self.task.microbatch, 0, keepdims=False), self.microbatches
+        )
+        stored = lambda: carry.inputs[jnp.maximum(self.task.input_slot, 0)]  # noqa: E731
+        x = jax.lax.cond(self._is_first, lambda: self.executor.before(chunk, microbatch), stored)
+        return chunk, microbatch, x
+
+    def _numbers(self) -> Array:
+        return jnp.asarray(self.executor.stages.numbers)[self.stage, self.task.virtual_stage]
+
+    def forward(self, carry: _Carry) -> _Carry:
+        """Through the layers, but for the last stage, whose backward pass does that."""
+
+        def middle() -> Array:
+            chunk, microbatch, x = self._setting(carry)
+            return self.executor.through(chunk, microbatch, x, self._numbers())
+
+        return carry._replace(activation=jax.lax.cond(self._is_last, lambda: carry.activation, middle))
+
+    def evaluate(self, carry: _Carry) -> _Carry:
+        """Through the layers; the last stage goes on to the loss."""
+        chunk, microbatch, x = self._setting(carry)
+        y = self.executor.through(chunk, microbatch, x, self._numbers())
+        none = (jnp.zeros((), jnp.float32),) * 2
+        total, weight = jax.lax.cond(self._is_last, lambda: self.executor.after(chunk, microbatch, y), lambda: none)
+        return carry._replace(activation=y, total=carry.total + total, weight=carry.weight + weight)
+
+    def backward(self, carry: _Carry) -> _Carry:
+        """Both gradients: of the input, to be sent, and of the weights."""
+        chunk, microbatch, x = self._setting(carry)
+        run = lambda layers, x: self.executor.through(self._with(chunk, layers), microbatch, x, self._numbers())  # noqa: E731
+        y, pull = jax.vjp(run, self._layers(chunk), x)
+        dy, carry = self._output_gradient(carry, chunk, microbatch, y)
+        d_layers, dx = pull(dy)
+        carry = self._add(carry, d_layers)
+        return self._first(carry._replace(gradient=dx), chunk, microbatch, dx)
+
+    def backward_input(self, carry: _Carry) -> _Carry:
+        """The gradient of the input alone; the last stage keeps that of its output for `backward_weight`."""
+        chunk, microbatch, x = self._setting(carry)
+        y, pull = jax.vjp(lambda x: self.executor.through(chunk, microbatch, x, self._numbers()), x)
+        dy, carry = self._output_gradient(carry, chunk, microbatch, y)
+        kept = _store(carry.gradients, dy, jnp.where(self._is_last, self.task.gradient_slot, -1))
+        (dx,) = pull(dy)
+        return self._first(carry._replace(gradient=dx, gradients=kept), chunk, microbatch, dx)
+
+    def backward_weight(self, carry: _Carry) -> _Carry:
+        """The gradient of the weights alone."""
+        chunk, microbatch, x = self._setting(carry)
+        run = lambda layers: self.executor.through(self._with(chunk, layers), microbatch, x, self._numbers())  # noqa: E731
+        _, pull = jax.vjp(run, self._layers(chunk))
+        return self._add(carry, pull(carry.gradients[jnp.maximum(self.task.gradient_slot, 0)])[0])
+
+    def _output_gradient(self, carry: _Carry, chunk, microbatch, y: Array) -> tuple[Array, _Carry]:
+        """The gradient of this stage's output: what has arrived, or on the last stage that of the loss."""
+
+        def of_loss(carry: _Carry):
+            def total(ends, y):
+                return self.executor.after(self._with(chunk, ends, layers=False), microbatch, y)
+
+            total, pull, weight = jax.vjp(total, self._layers(chunk, layers=False), y, has_aux=True)
+            d_ends, dy = pull(self.scale.astype(total.dtype))
+            carry = carry._replace(total=carry.total + total, weight=carry.weight + weight)
+            return dy, self._add(carry, d_ends, layers=False)
+
+        def arrived(carry: _Carry):
+            return carry.gradients[jnp.maximum(self.task.gradient_slot, 0)], carry
+
+        return jax.lax.cond(self._is_last, of_loss, arrived, carry)
+
+    def _first(self, carry: _Carry, chunk, microbatch, dx: Array) -> _Carry:
+        """On the first stage the gradient goes on into what comes before the layers."""
+
+        def embed(carry: _Carry) -> _Carry:
+            run = lambda ends: self.executor.before(self._with(chunk, ends, layers=False), microbatch)  # noqa: E731
+            _, pull = jax.vjp(run, self._layers(chunk, layers=False))
+            return self._add(carry, pull(dx)[0], layers=False)
+
+        return jax.lax.cond(self._is_first, embed, lambda carry: carry, carry)
+
+    def _layers(self, chunk: list[Array], *, layers: bool = True) -> list[Array]:
+        """The weights of the layers, or those of the ends."""
+        return [w for w, layered in zip(chunk, self.executor.in_layers, strict=True) if layered == layers]
+
+    def _with(self, chunk: list[Array], part: list[Array], *, layers: bool = True) -> list[Array]:
+        """`chunk` with that part of its weights replaced."""
+        rest = iter(part)
+        return [
+            next(rest) if layered == layers else w for w, layered in zip(chunk, self.executor.in_layers, strict=True)
+        ]
+
+    def _add(self, carry: _Carry, gradients: list[Array], *, layers: bool = True) -> _Carry:
+        """`gradients` of that part of the weights added to the accumulators."""
+        rest, sums = iter(gradients), []
+        for total, axes, layered in zip(
+            carry.weight_gradients, self.executor.axes, self.executor.in_layers, strict=True
+        ):
+            if layered != layers:
+                sums.append(total)
+                continue
+            g = next(rest)
+            g = pin(g, self.executor.layout, zero.gradient_spec(self.executor.layout, axes, g.shape))
+            g = g.astype(total.dtype)
+            sums.append(total.at[self.task.virtual_stage].add(g) if layered else total + g)
+        return carry._replace(weight_gradients=sums)
