@@ -3,8 +3,8 @@
 A pipeline is gradient accumulation with more than one stage. The table (layout/schedules.py) says what each device does
 at each tick; a `lax.switch` does that and nothing else, so an idle device computes nothing. Every tick ends with two
 `ppermute`s: activations to the next stage, their gradients to the one before. What a stage keeps of a microbatch is its
-input; the backward pass computes the rest again. The region is manual over `pipeline` alone: the other mesh axes are
-the compiler's affair, as without a pipeline.
+input; the backward pass computes the rest again. The region is manual over `pipeline` (and over the mesh axes along
+which gradients are summed once a step, layout/zero.py): the others are the compiler's affair, as without a pipeline.
 
 The loss function is cut at its layers (layout/layers.py): what comes before them runs on the first stage, what comes
 after on the last. The last stage has no use for a forward pass of its own, since its backward pass begins with one: so
@@ -22,12 +22,13 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.layout import zero
 from jaxllm.layout.layers import Layer, cut_at_layers, run_each
-from jaxllm.layout.layout import Layout, pin, use_layout
+from jaxllm.layout.layout import Layout, constrain, pin, use_layout
 from jaxllm.layout.schedule_buffers import assign_buffers
 from jaxllm.layout.schedules import Action, Schedule, make_schedule
-from jaxllm.layout.stages import Stages, collect, deal, make_stages, weight_spec
+from jaxllm.layout.stages import Stages, collect, deal, make_stages
 
 Tree = Any
+RESIDUAL = ("batch", "residual_length", "embed")  # what stages send one another
 LossFunction = Callable[[Tree, Tree], tuple[Array, Array]]  # (weights, microbatch) -> (summed loss, its weight)
 
 
@@ -45,8 +46,9 @@ def run_pipeline(
     loss: LossFunction,
     params: Tree,
     axes: Tree,
-    microbatches: Tree,
+    batch: Tree,
     *,
+    num_microbatches: int,
     compute: jnp.dtype,
     accumulate: jnp.dtype = jnp.float32,
     scale: Float[Array, ""] | float = 1.0,
@@ -59,7 +61,7 @@ def run_pipeline(
       loss: a function of (weights in `compute`, microbatch) that runs its layers by `run_layers`, once. What the layers
         close over (positions, segments, dropout) may depend on the microbatch, not on anything that is trained.
       params, axes: the float32 master weights and their logical axes; a leading "layers" marks those of the layers.
-      microbatches: a tree of arrays [microbatch, batch, …].
+      batch: a tree of arrays [batch, …]; microbatch m has the rows m, m + M, m + 2M, …
       scale: multiplies the loss that is differentiated.
       schedule: default the layout's.
     """
@@ -67,7 +69,6 @@ def run_pipeline(
     leaf_axes = tree.flatten_up_to(axes)
     in_layers = [a[:1] == ("layers",) for a in leaf_axes]
     num_layers = next(w.shape[0] for w, layered in zip(leaves, in_layers, strict=True) if layered)
-    num_microbatches = jax.tree.leaves(microbatches)[0].shape[0]
     table = make_schedule(schedule or layout.schedule, layout.num_stages, num_microbatches, layout.virtual_stages)
     stages = make_stages(num_layers, layout.num_stages, layout.virtual_stages, layout.stage_layers)
 
@@ -75,18 +76,21 @@ def run_pipeline(
         w = zero.cast_at_rest(layout, w, a, compute)
         if layered:
             return deal(layout, stages, w, a)
-        return pin(w, layout, weight_spec(layout.inside("pipeline"), a, w.shape))
+        return pin(w, layout, zero.step_spec(layout.inside("pipeline"), a, w.shape))
 
     entered = [enter(*leaf) for leaf in zip(leaves, leaf_axes, in_layers, strict=True)]
-    executor = _Executor(layout.inside("pipeline"), table, stages, loss, tree, leaf_axes, in_layers, accumulate)
+    specs = [zero.step_spec(layout.inside("pipeline"), a, w.shape) for w, a in zip(leaves, leaf_axes, strict=True)]
+    once = zero.reduced_once(layout, specs)
+    executor = _Executor(layout.inside("pipeline", *once), table, stages, loss, tree, leaf_axes, in_layers, accumulate)
+    microbatches = jax.tree.map(lambda x: _split(x, num_microbatches), batch)
     over_stages = [P("pipeline") if layered else P() for layered in in_layers]
     has_gradients = executor.has_gradients
     run = jax.shard_map(
         executor.run,
         mesh=layout.mesh,
-        in_specs=(over_stages, P(), P()),
+        in_specs=(over_stages, P(once or None), P()),
         out_specs=(P(), P(), over_stages if has_gradients else None, P("pipeline")),
-        axis_names={"pipeline"},
+        axis_names={"pipeline", *once},
         check_vma=False,
     )
     total, weight, gradients, executed = run(entered, microbatches, jnp.asarray(scale, jnp.float32))
@@ -94,6 +98,12 @@ def run_pipeline(
         parts = zip(gradients, leaf_axes, in_layers, strict=True)
         gradients = tree.unflatten([collect(layout, stages, g, a) if layered else g for g, a, layered in parts])
     return PipelineSums(total, weight, gradients, executed)
+
+
+def _split(x: Array, num_microbatches: int) -> Array:
+    """[batch, …] as [rows, microbatch, …]: nothing moves and nothing is copied."""
+    x = x.reshape(x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:])
+    return constrain(x, "batch", *[None] * (x.ndim - 1))
 
 
 class _Carry(NamedTuple):
@@ -137,6 +147,11 @@ class _Executor:
     accumulate: jnp.dtype
 
     @property
+    def once(self) -> tuple[str, ...]:
+        """The mesh axes over which gradients are summed at the end."""
+        return tuple(axis for axis in self.layout.mesh.axis_names if axis in self.layout.manual - {"pipeline"})
+
+    @property
     def has_gradients(self) -> bool:
         return bool((self.table.action > Action.FORWARD).any())
 
@@ -155,41 +170,50 @@ class _Executor:
                 return self._exchange(here.act(carry), task), None
 
             end, _ = jax.lax.scan(tick, start, [jnp.asarray(column, jnp.int32) for column in columns])
-            total, weight = jax.lax.psum((end.total, end.weight), "pipeline")
+            everywhere = ("pipeline", *self.once)
+            total, weight = jax.lax.psum((end.total, end.weight), everywhere)
             gradients = end.weight_gradients
             if gradients is not None:
                 gradients = [
-                    g[None] if layered else jax.lax.psum(g, "pipeline")
+                    jax.lax.psum(g[None], self.once) if layered else jax.lax.psum(g, everywhere)
                     for g, layered in zip(gradients, self.in_layers, strict=True)
                 ]
             return total, weight, gradients, end.executed[None]
 
     def _start(self, weights: list[Array], microbatches: Tree, num_inputs: int, num_gradients: int) -> _Carry:
-        first = jax.tree.map(lambda a: a[0], microbatches)
+        first = jax.tree.map(lambda a: a[:, 0], microbatches)
         x = jax.eval_shape(lambda: self.before(self.chunk(weights, 0), first))
-        place = lambda a: pin(a, self.layout, self.layout.spec(("batch", "residual_length", "embed")))  # noqa: E731
-        slots = lambda n: pin(  # noqa: E731
-            jnp.zeros((n, *x.shape), x.dtype),
-            self.layout,
-            self.layout.spec((None, "batch", "residual_length", "embed")),
-        )
-        accumulators = [self._accumulator(w, a) for w, a in zip(weights, self.axes, strict=True)]
-        zero_scalar = jnp.zeros((), jnp.float32)
-        return _Carry(
-            inputs=slots(max(num_inputs, 1)),
-            gradients=slots(max(num_gradients, 1)),
-            activation=place(jnp.zeros(x.shape, x.dtype)),
-            gradient=place(jnp.zeros(x.shape, x.dtype)),
-            weight_gradients=accumulators if self.has_gradients else None,
-            total=zero_scalar,
-            weight=zero_scalar,
+        accumulators = [jnp.zeros(w.shape, self.accumulate) for w in weights] if self.has_gradients else None
+        start = _Carry(
+            inputs=jnp.zeros((max(num_inputs, 1), *x.shape), x.dtype),
+            gradients=jnp.zeros((max(num_gradients, 1), *x.shape), x.dtype),
+            activation=jnp.zeros(x.shape, x.dtype),
+            gradient=jnp.zeros(x.shape, x.dtype),
+            weight_gradients=accumulators,
+            total=jnp.zeros((), jnp.float32),
+            weight=jnp.zeros((), jnp.float32),
             executed=jnp.zeros(len(Action), jnp.int32),
         )
+        return self.place(start)
 
-    def _accumulator(self, w: Array, axes: tuple) -> Array:
-        layered = axes[:1] == ("layers",)
-        spec = zero.gradient_spec(self.layout, axes, w.shape[1:] if layered else w.shape)
-        return pin(jnp.zeros(w.shape, self.accumulate), self.layout, P(None, *spec) if layered else spec)
+    def place(self, carry: _Carry) -> _Carry:
+        """Everything where it lives: the branches of a condition must agree on that."""
+        slots = P(None, *self.layout.spec(RESIDUAL))
+        sums = carry.weight_gradients
+        if sums is not None:
+            sums = [pin(g, self.layout, self._accumulator_spec(g, a)) for g, a in zip(sums, self.axes, strict=True)]
+        return carry._replace(
+            inputs=pin(carry.inputs, self.layout, slots),
+            gradients=pin(carry.gradients, self.layout, slots),
+            activation=constrain(carry.activation, *RESIDUAL),
+            gradient=constrain(carry.gradient, *RESIDUAL),
+            weight_gradients=sums,
+        )
+
+    def _accumulator_spec(self, g: Array, axes: tuple) -> P:
+        if axes[:1] == ("layers",):
+            return P(None, *zero.gradient_spec(self.layout, axes, g.shape[1:]))
+        return zero.gradient_spec(self.layout, axes, g.shape)
 
     def _exchange(self, carry: _Carry, task: _Task) -> _Carry:
         """The end of a tick: everybody sends to both neighbours and keeps what the table says has arrived."""
@@ -277,7 +301,8 @@ class _Here:
         }
 
         def counted(action: Action) -> Callable:
-            return lambda carry: branches[action](carry._replace(executed=carry.executed.at[action].add(1)))
+            place = self.executor.place
+            return lambda carry: place(branches[action](carry._replace(executed=carry.executed.at[action].add(1))))
 
         code = jnp.searchsorted(jnp.asarray(actions), self.task.action)
         return jax.lax.switch(code, [counted(Action(action)) for action in actions], carry)
@@ -295,11 +320,16 @@ class _Here:
         """Weights, microbatch and input of the task."""
         chunk = self.executor.chunk(self.weights, self.task.virtual_stage)
         microbatch = jax.tree.map(
-            lambda a: jax.lax.dynamic_index_in_dim(a, self.task.microbatch, 0, keepdims=False), self.microbatches
+            lambda a: jax.lax.dynamic_index_in_dim(a, self.task.microbatch, 1, keepdims=False), self.microbatches
         )
-        stored = lambda: carry.inputs[jnp.maximum(self.task.input_slot, 0)]  # noqa: E731
-        x = jax.lax.cond(self._is_first, lambda: self.executor.before(chunk, microbatch), stored)
-        return chunk, microbatch, x
+
+        def embedded() -> Array:
+            return constrain(self.executor.before(chunk, microbatch), *RESIDUAL)
+
+        def stored() -> Array:
+            return constrain(carry.inputs[jnp.maximum(self.task.input_slot, 0)], *RESIDUAL)
+
+        return chunk, microbatch, jax.lax.cond(self._is_first, embedded, stored)
 
     def _numbers(self) -> Array:
         return jnp.asarray(self.executor.stages.numbers)[self.stage, self.task.virtual_stage]
@@ -309,9 +339,11 @@ class _Here:
 
         def middle() -> Array:
             chunk, microbatch, x = self._setting(carry)
-            return self.executor.through(chunk, microbatch, x, self._numbers())
+            return constrain(self.executor.through(chunk, microbatch, x, self._numbers()), *RESIDUAL)
 
-        return carry._replace(activation=jax.lax.cond(self._is_last, lambda: carry.activation, middle))
+        return carry._replace(
+            activation=jax.lax.cond(self._is_last, lambda: constrain(carry.activation, *RESIDUAL), middle)
+        )
 
     def evaluate(self, carry: _Carry) -> _Carry:
         """Through the layers; the last stage goes on to the loss."""
@@ -357,10 +389,11 @@ class _Here:
             total, pull, weight = jax.vjp(total, self._layers(chunk, layers=False), y, has_aux=True)
             d_ends, dy = pull(self.scale.astype(total.dtype))
             carry = carry._replace(total=carry.total + total, weight=carry.weight + weight)
-            return dy, self._add(carry, d_ends, layers=False)
+            return constrain(dy, *RESIDUAL), self._add(carry, d_ends, layers=False)
 
         def arrived(carry: _Carry):
-            return carry.gradients[jnp.maximum(self.task.gradient_slot, 0)], carry
+            dy = carry.gradients[jnp.maximum(self.task.gradient_slot, 0)]
+            return constrain(dy, *RESIDUAL), self.executor.place(carry)
 
         return jax.lax.cond(self._is_last, of_loss, arrived, carry)
 
@@ -372,7 +405,7 @@ class _Here:
             _, pull = jax.vjp(run, self._layers(chunk, layers=False))
             return self._add(carry, pull(dx)[0], layers=False)
 
-        return jax.lax.cond(self._is_first, embed, lambda carry: carry, carry)
+        return jax.lax.cond(self._is_first, embed, self.executor.place, carry)
 
     def _layers(self, chunk: list[Array], *, layers: bool = True) -> list[Array]:
         """The weights of the layers, or those of the ends."""
@@ -398,4 +431,4 @@ class _Here:
             g = pin(g, self.executor.layout, zero.gradient_spec(self.executor.layout, axes, g.shape))
             g = g.astype(total.dtype)
             sums.append(total.at[self.task.virtual_stage].add(g) if layered else total + g)
-        return carry._replace(weight_gradients=sums)
+        return self.executor.place(carry._replace(weight_gradients=sums))

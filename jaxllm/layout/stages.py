@@ -117,15 +117,9 @@ def collect(layout: Layout, stages: Stages, g: Float[Array, "stage virtual place
 
 def dealt_spec(layout: Layout, axes: Axes, shape: tuple[int, ...]) -> P:
     """Where a dealt weight of stacked `shape` lies: over `pipeline`, and as the stage's own layout has it besides."""
-    return P("pipeline", None, *weight_spec(layout.inside("pipeline"), axes, shape))
-
-
-def weight_spec(layout: Layout, axes: Axes, shape: tuple[int, ...]) -> P:
-    """Where a weight waits for its use in a step: whole but for tensor parallelism, or as at rest where ZeRO 3 says."""
-    place = zero.state_spec if zero.is_gathered_at_use(layout, axes, shape) else zero.compute_spec
-    return place(layout, axes, shape)
+    return P("pipeline", None, *zero.step_spec(layout.inside("pipeline"), axes, shape))
 
 
 def _spread(layout: Layout, axes: Axes, shape: tuple[int, ...]) -> P:
     """`pipeline` moved from the layers to another axis, so that picking layers stays on each device."""
-    return zero.with_axis(layout, axes, shape, weight_spec(layout.inside("pipeline"), axes, shape), "pipeline")
+    return zero.with_axis(layout, axes, shape, zero.step_spec(layout.inside("pipeline"), axes, shape), "pipeline")

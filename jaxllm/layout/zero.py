@@ -2,8 +2,8 @@
 
 | stage | weights for compute            | gradients                            | state (master weights, optimizer) |
 | ----- | ------------------------------ | ------------------------------------ | --------------------------------- |
-| 0     | replicated                     | all-reduced                          | replicated                        |
-| 1     | gathered once a step           | all-reduced, then sliced             | sharded                           |
+| 0     | replicated                     | all-reduced once a step              | replicated                        |
+| 1     | gathered once a step           | all-reduced once a step, then sliced | sharded                           |
 | 2     | gathered once a step           | reduce-scattered each microbatch     | sharded                           |
 | 3     | gathered at use, dropped after | reduce-scattered each microbatch     | sharded                           |
 
@@ -12,7 +12,7 @@ axes "sharded" means.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -74,10 +74,31 @@ def gradient_spec(layout: Layout, axes: Sequence[str | None], shape: Sequence[in
     return place(layout, axes, shape)
 
 
+def reduced_once(layout: Layout, specs: Iterable[P]) -> tuple[str, ...]:
+    """The mesh axes over which gradients are summed once a step, after the last microbatch.
+
+    Those that split the batch and no accumulator: all of them at stages 0 and 1, `replica` at stages 2 and 3. A step's
+    microbatches run manually over these, each device on its own rows.
+
+    Args:
+      specs: where a step's weights live while it computes; an axis that splits one of them is the compiler's.
+    """
+    taken = {axis for spec in specs for part in spec for axis in axis_names(part)}
+    if layout.zero_stage >= 2:
+        taken |= set(layout.mesh_axes("state"))
+    return tuple(axis for axis in layout.mesh_axes("batch") if axis not in taken)
+
+
 def is_gathered_at_use(layout: Layout, axes: Sequence[str | None], shape: Sequence[int]) -> bool:
     """True for the weights that stage 3 gathers layer by layer."""
     elements = math.prod(size for name, size in zip(axes, shape, strict=True) if name != "layers")
     return layout.zero_stage == 3 and elements >= SMALL
+
+
+def step_spec(layout: Layout, axes: Sequence[str | None], shape: Sequence[int]) -> P:
+    """Where a weight waits for its use in a step: whole but for tensor parallelism; as at rest where stage 3 says."""
+    place = state_spec if is_gathered_at_use(layout, axes, shape) else compute_spec
+    return place(layout, axes, shape)
 
 
 def cast_at_rest(layout: Layout | None, w: Array, axes: Sequence[str | None], dtype: jnp.dtype) -> Array:
@@ -89,11 +110,7 @@ def cast_at_rest(layout: Layout | None, w: Array, axes: Sequence[str | None], dt
 def gather_for_step(layout: Layout | None, w: Array, axes: Sequence[str | None], dtype: jnp.dtype) -> Array:
     """A master weight as the step computes with it: cast first, then gathered."""
     at_rest = cast_at_rest(layout, w, axes, dtype)
-    if layout is None:
-        return at_rest
-    if is_gathered_at_use(layout, axes, w.shape):
-        return at_rest
-    return pin(at_rest, layout, compute_spec(layout, axes, w.shape))
+    return at_rest if layout is None else pin(at_rest, layout, step_spec(layout, axes, w.shape))
 
 
 def gather_for_use(layout: Layout | None, w: Array, axes: Sequence[str | None]) -> Array:

@@ -1,14 +1,17 @@
 """(params, batch) -> (loss, gradients): gradient accumulation over microbatches, the same for every step and layout."""
 
+import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jaxllm.layout import zero
-from jaxllm.layout.layout import Layout, constrain, current_layout, pin
+from jaxllm.layout.layout import Layout, constrain, current_layout, pin, use_layout
 from jaxllm.layout.pipeline import run_pipeline
 from jaxllm.model.head import Loss
 
@@ -50,13 +53,42 @@ def loss_and_gradients(
             loss,
             params,
             axes,
-            jax.tree.map(lambda x: _split(x, num_microbatches), batch),
+            batch,
+            num_microbatches=num_microbatches,
             compute=compute,
             accumulate=accumulate,
             scale=scale,
         )
         return Gradients(summed.total, summed.weight, _map(lambda g, a: _final(layout, g, a), summed.gradients, axes))
     weights = _map(lambda w, a: zero.gather_for_step(layout, w, a, compute), params, axes)
+    microbatches = jax.tree.map(lambda x: _split(x, num_microbatches), batch)
+    once = _reduced_once(layout, params, axes)
+    local = run = partial(_accumulate, layout and layout.inside(*once), loss, axes, accumulate)
+    if once:
+        run = jax.shard_map(
+            lambda *arguments: jax.lax.psum(local(*arguments), once),
+            mesh=layout.mesh,
+            in_specs=(P(), P(None, once), P()),
+            out_specs=P(),
+            axis_names=set(once),
+            check_vma=False,
+        )
+    summed = run(weights, microbatches, jnp.asarray(scale, jnp.float32))
+    return summed._replace(gradients=_map(lambda g, a: _final(layout, g, a), summed.gradients, axes))
+
+
+def _reduced_once(layout: Layout | None, params: Tree, axes: Tree) -> tuple[str, ...]:
+    if layout is None:
+        return ()
+    return zero.reduced_once(
+        layout, jax.tree.leaves(_map(lambda w, a: zero.step_spec(layout, a, w.shape), params, axes))
+    )
+
+
+def _accumulate(
+    layout, loss, axes: Tree, dtype: jnp.dtype, weights: Tree, microbatches: Tree, scale: Array
+) -> Gradients:
+    """Sums over the microbatches, and over the devices that `layout` still sees apart."""
 
     def scaled(weights: Tree, microbatch: Tree) -> tuple[Array, Loss]:
         result = loss(weights, microbatch)
@@ -64,17 +96,16 @@ def loss_and_gradients(
 
     def one(microbatch: Tree) -> Gradients:
         gradients, result = jax.grad(scaled, has_aux=True)(weights, microbatch)
-        gradients = _map(lambda g, a: _accumulator(layout, g.astype(accumulate), a), gradients, axes)
+        gradients = _map(lambda g, a: _accumulator(layout, g.astype(dtype), a), gradients, axes)
         return Gradients(result.total, result.weight, gradients)
 
-    if num_microbatches == 1:
-        summed = one(batch)
-    else:
-        zeros = _map(lambda w, a: _accumulator(layout, jnp.zeros(w.shape, accumulate), a), params, axes)
+    with use_layout(layout) if layout is not None else contextlib.nullcontext():
+        if jax.tree.leaves(microbatches)[0].shape[0] == 1:
+            return one(jax.tree.map(lambda x: x[0], microbatches))
+        zeros = _map(lambda w, a: _accumulator(layout, jnp.zeros(w.shape, dtype), a), weights, axes)
         start = Gradients(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32), zeros)
-        microbatches = jax.tree.map(lambda x: _split(x, num_microbatches), batch)
         summed, _ = jax.lax.scan(lambda sums, m: (jax.tree.map(jnp.add, sums, one(m)), None), start, microbatches)
-    return summed._replace(gradients=_map(lambda g, a: _final(layout, g, a), summed.gradients, axes))
+    return summed
 
 
 def summed_loss(
@@ -84,8 +115,8 @@ def summed_loss(
     layout = current_layout()
     if layout is None or layout.num_stages == 1:
         return tuple(loss(_map(lambda w, a: zero.gather_for_step(layout, w, a, compute), params, axes), batch))
-    microbatches = jax.tree.map(lambda x: _split(x, layout.num_microbatches), batch)
-    summed = run_pipeline(layout, loss, params, axes, microbatches, compute=compute, schedule="forward_only")
+    fill = {"num_microbatches": layout.num_microbatches, "schedule": "forward_only"}
+    summed = run_pipeline(layout, loss, params, axes, batch, compute=compute, **fill)
     return summed.total, summed.weight
 
 
