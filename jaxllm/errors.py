@@ -1,7 +1,9 @@
 """The two kinds of mistakes: the user's gets one or two clear lines and exit code 2, ours gets a traceback."""
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -13,3 +15,11 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     choices = sorted(choices)
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     return f"Did you mean '{close[0]}'?" if close else f"Choose from: {', '.join(choices)}."
+
+
+def file_line(source: Path, error: Exception) -> str:
+    """file:line of an error raised by a Python file of the user's: the deepest line that is the file's own."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(source)]
+    if isinstance(error, SyntaxError) and error.filename == str(source):
+        lines = [error.lineno]
+    return f"{source}:{lines[-1]}" if lines else str(source)

@@ -2,7 +2,6 @@
 
 import inspect
 import re
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxllm.config import defaults
-from jaxllm.errors import UserError, did_you_mean
+from jaxllm.errors import UserError, did_you_mean, file_line
 from jaxllm.train.config import GROUPS, Config, base_config, read_config
 
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
@@ -133,11 +132,8 @@ def _assign(holder: ConfigDict, field: str, value: Any, name: str = "") -> None:
 
 
 def _where(source: Path, error: Exception) -> str:
-    """file:line of an error raised by a config file: the deepest line that is the file's own."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(source)]
-    if isinstance(error, SyntaxError) and error.filename == str(source):
-        lines = [error.lineno]
-    place = f"--config {source}:{lines[-1]}" if lines else f"--config {source}"
+    """What went wrong in a config file, and at which line."""
+    place = f"--config {file_line(source, error)}"
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     unknown = re.match(r'Key "(\w+)" does not exist and cannot be added', text)  # the words of a locked ConfigDict
     if unknown:
