@@ -118,16 +118,23 @@ def _words(action: Action) -> str:
 def _check_complete(schedule: Schedule) -> None:
     """Each microbatch forward at each position, and backward too, but for the schedule of evaluation."""
     done = {(task.action, task.microbatch, schedule.position(stage, task)) for _, stage, task in schedule.tasks()}
-    wanted = [(Action.FORWARD,)]
-    if schedule.name != FORWARD_ONLY:
-        wanted += [(Action.BACKWARD, Action.BACKWARD_INPUT), (Action.BACKWARD, Action.BACKWARD_WEIGHT)]
     for microbatch in range(schedule.num_microbatches):
         for position in range(schedule.last_position + 1):
-            for actions in wanted:
-                if not any((action, microbatch, position) in done for action in actions):
-                    text = f"no {_words(actions[-1])} up to this last tick, expected one."
-                    stage = position % schedule.num_stages
-                    raise _wrong(schedule, schedule.num_ticks - 1, stage, (microbatch, position), text)
+            missing = _missing({action for action in Action if (action, microbatch, position) in done})
+            if missing and not (schedule.name == FORWARD_ONLY and missing == Action.BACKWARD):
+                text = f"no {_words(missing)} up to this last tick, expected one."
+                stage = position % schedule.num_stages
+                raise _wrong(schedule, schedule.num_ticks - 1, stage, (microbatch, position), text)
+
+
+def _missing(done: set[Action]) -> Action:
+    """The first action that a microbatch still needs at a position where `done` were done; IDLE: none."""
+    halves = {Action.BACKWARD_INPUT, Action.BACKWARD_WEIGHT}
+    if Action.FORWARD not in done:
+        return Action.FORWARD
+    if Action.BACKWARD in done or halves <= done:
+        return Action.IDLE
+    return min(halves - done) if halves & done else Action.BACKWARD
 
 
 class _Slots:

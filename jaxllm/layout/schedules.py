@@ -56,8 +56,8 @@ def one_f_one_b_aligned(num_stages: int, num_microbatches: int, virtual_stages: 
     """1F1B for stages that run in lock step: all of them do forwards in even ticks, and backwards in odd ones.
 
     Every tick ends in an exchange, so it takes as long as its dearest action. In plain 1F1B a tick has forwards on some
-    stages and backwards on others, and costs a backward. Here two ticks cost a forward and a backward. The price is
-    that up to 2(P-s)-1 microbatches are live on stage s, and that there are 2(M+2P-2) ticks.
+    stages and backwards on others, and costs a backward. Here the step takes (M+P-1)(F+B), as 1F1B does when stages
+    wait for nothing but their inputs. The price is that up to 2(P-s)-1 microbatches are live on stage s.
     """
     _no_virtual_stages("1f1b_aligned", virtual_stages)
     stages, turn = range(num_stages), 2 * (num_stages - 1)
