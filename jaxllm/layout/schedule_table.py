@@ -122,7 +122,7 @@ def place(
 
     Args:
       orders: for each stage its tasks, such as `(Action.FORWARD, microbatch)` or `(Action.FORWARD, microbatch,
-        virtual_stage)`.
+        virtual_stage)`; `(Action.IDLE, 0)` waits for a tick.
 
     Raises:
       UserError: a deadlock: no stage can go on, since each waits for a task that comes later.

@@ -163,6 +163,11 @@ def _check_returned(name: str, schedule: object, num_stages: int, num_microbatch
             "build one with `place` or `from_rows` of jaxllm.layout.schedules."
         )
     check_shape(schedule)
+    if schedule.name == FORWARD_ONLY:
+        raise UserError(
+            f"config.layout.schedule={name} returned a schedule named '{FORWARD_ONLY}', a name that is for evaluation. "
+            "Give it another."
+        )
     asked = {"num_stages": num_stages, "num_microbatches": num_microbatches, "num_virtual_stages": virtual_stages}
     for field, size in asked.items():
         if getattr(schedule, field) != size:

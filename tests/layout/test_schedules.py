@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.errors import UserError
+from jaxllm.layout.named import load_named
 from jaxllm.layout.schedule_buffers import Buffers, assign_buffers
 from jaxllm.layout.schedule_check import check_schedule, draw, makespan, report
 from jaxllm.layout.schedules import (
@@ -378,6 +379,11 @@ def test_a_deadlock_is_named():
         place("own", orders, 1)
 
 
+def test_an_idle_task_waits_a_tick():
+    schedule = place("own", [[(IDLE, 0), (FORWARD, 0), (IDLE, 0), (IDLE, 0), (BACKWARD, 0)]], 1)
+    assert schedule.tasks() == from_rows("own", [". F0 . . B0"], 1).tasks()
+
+
 def test_rows_are_read_as_they_are_drawn():
     for schedule in all_schedules([(3, 3), (2, 12)]):
         rows = [line.partition(": ")[2] for line in draw(schedule).splitlines()]
@@ -410,7 +416,7 @@ def drawn(num_stages, num_microbatches, virtual_stages):
     return from_rows("drawn", ["F0 F1 .  B0 .  B1", ".  F0 B0 F1 B1"], 2)
 '''
 
-WRONG_FILE = """from jaxllm.layout.schedules import from_rows
+WRONG_FILE = """from jaxllm.layout.schedules import Schedule, from_rows
 
 
 def early(*sizes):
@@ -435,6 +441,14 @@ def ragged(*sizes):
 
 def one_size(num_stages):
     pass
+
+
+def listed(*sizes):
+    return Schedule("listed", [[1, 0], [0, 1]], [[0, 0], [0, 0]], [[0, 0], [0, 0]], 2)
+
+
+def reserved(*sizes):
+    return from_rows("forward_only", ["F0 F1", ". F0 F1"], 2)
 """
 
 
@@ -452,6 +466,7 @@ def test_a_schedule_of_the_users_own(user_file):
     schedule = make_schedule(f"{file}:two_ahead", 3, 6)
     assert schedule.name == "two_ahead" and report(schedule).peak_live == (4, 3, 2)
     assert make_schedule(f"{file}:two_ahead", 3, 6) is schedule
+    assert load_named("field", f"{file}:drawn") is load_named("field", f"{file}:drawn")
     assert make_schedule(f"{file}:drawn", 2, 2).num_ticks == 6
     with pytest.raises(UserError, match=r"mine.py:drawn returned a schedule of num_stages=2, but was asked for 4"):
         make_schedule(f"{file}:drawn", 4, 2)
@@ -470,6 +485,8 @@ def test_a_schedule_of_the_users_own(user_file):
         "nothing": "mine.py:nothing returned None. It must return a Schedule",
         "ragged": "num_stages=1, but was asked for 2",
         "one_size": r"config.layout.schedule: .*mine.py: TypeError: one_size\(\) takes 1 positional argument but 3",
+        "listed": "schedule 'listed': action is a list, expected a NumPy array of integers",
+        "reserved": "mine.py:reserved returned a schedule named 'forward_only', a name that is for evaluation",
         "erly": r"mine.py has no function 'erly'. Did you mean 'early'\?",
     }.items(),
 )
