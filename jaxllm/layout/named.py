@@ -38,9 +38,8 @@ def load_named(field: str, reference: str) -> Callable[..., Any]:
     source, name = _split(reference)
     if not source.is_file():
         beside = [file.name for file in source.parent.glob("*.py")]
-        raise UserError(
-            f"{field}={reference}: no such file.{f' {did_you_mean(source.name, beside)}' if beside else ''}"
-        )
+        way_out = did_you_mean(source.name, beside) if beside else f"There is no Python file in {source.parent}."
+        raise UserError(f"{field}={reference}: no such file. {way_out}")
     module = ModuleType(source.stem)
     module.__file__ = str(source)
     try:
@@ -49,11 +48,12 @@ def load_named(field: str, reference: str) -> Callable[..., Any]:
         raise
     except Exception as error:
         raise UserError(_told(field, source, error)) from error
-    functions = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("__")}
-    if name not in functions:
-        way_out = did_you_mean(name, functions) if functions else "It has no function at all."
+    function = getattr(module, name, None)
+    if not callable(function):
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+        way_out = did_you_mean(name, own) if own else "It defines none at all."
         raise UserError(f"{field}={reference}: {source} has no function '{name}'. {way_out}")
-    return functions[name]
+    return function
 
 
 def _split(reference: str) -> tuple[Path, str]:

@@ -11,7 +11,17 @@ import numpy as np
 
 from jaxllm.errors import UserError
 from jaxllm.layout.schedule_buffers import NONE, Buffers, Value, assign_buffers
-from jaxllm.layout.schedule_table import LETTERS, SENDS_GRADIENT, Action, Event, Schedule, Task, brings, needs
+from jaxllm.layout.schedule_table import (
+    FORWARD_ONLY,
+    LETTERS,
+    SENDS_GRADIENT,
+    Action,
+    Event,
+    Schedule,
+    Task,
+    brings,
+    needs,
+)
 
 
 def check_schedule(schedule: Schedule, buffers: Buffers | None = None) -> None:
@@ -37,6 +47,8 @@ def check_shape(schedule: Schedule) -> None:
         if not isinstance(size, int | np.integer) or size < least:
             raise UserError(f"schedule '{schedule.name}': {name}={size!r}, expected a whole number from {least} on.")
     shape = np.shape(schedule.action)
+    if 0 in shape:
+        raise UserError(f"schedule '{schedule.name}': the table is empty, expected ticks and stages.")
     for name, size in tables.items():
         table = getattr(schedule, name)
         if not isinstance(table, np.ndarray) or table.dtype.kind not in "iu" or table.ndim != 2 or table.shape != shape:
@@ -95,8 +107,8 @@ def _excluded(action: Action) -> tuple[Action, ...]:
 def _too_early(schedule: Schedule, task: Task, event: Event, done: int | None) -> str:
     what = "forward" if event.action == Action.FORWARD else "input gradient"
     when = "never done" if done is None else f"done at tick {done}, so it can be used from tick {done + 1} on"
-    where = f"on stage {event.position % schedule.num_stages}"
-    return f"{_words(task.action)} before what it needs, the {what} of the microbatch {where}, expected first; it is {when}."
+    needed = f"the {what} of the microbatch on stage {event.position % schedule.num_stages}"
+    return f"{_words(task.action)}, but {needed} is expected to come first; it is {when}."
 
 
 def _words(action: Action) -> str:
@@ -104,18 +116,25 @@ def _words(action: Action) -> str:
 
 
 def _check_complete(schedule: Schedule) -> None:
-    """Each microbatch forward at each position, and backward too unless the whole table is forwards."""
+    """Each microbatch forward at each position, and backward too, but for the schedule of evaluation."""
     done = {(task.action, task.microbatch, schedule.position(stage, task)) for _, stage, task in schedule.tasks()}
-    wanted = [(Action.FORWARD,)]
-    if {action for action, _, _ in done} - {Action.FORWARD}:
-        wanted += [(Action.BACKWARD, Action.BACKWARD_INPUT), (Action.BACKWARD, Action.BACKWARD_WEIGHT)]
     for microbatch in range(schedule.num_microbatches):
         for position in range(schedule.last_position + 1):
-            for actions in wanted:
-                if not any((action, microbatch, position) in done for action in actions):
-                    text = f"no {_words(actions[-1])} up to this last tick, expected one."
-                    stage = position % schedule.num_stages
-                    raise _wrong(schedule, schedule.num_ticks - 1, stage, (microbatch, position), text)
+            missing = _missing({action for action in Action if (action, microbatch, position) in done})
+            if missing and not (schedule.name == FORWARD_ONLY and missing == Action.BACKWARD):
+                text = f"no {_words(missing)} up to this last tick, expected one."
+                stage = position % schedule.num_stages
+                raise _wrong(schedule, schedule.num_ticks - 1, stage, (microbatch, position), text)
+
+
+def _missing(done: set[Action]) -> Action:
+    """The first action that a microbatch still needs at a position where `done` were done; IDLE: none."""
+    halves = {Action.BACKWARD_INPUT, Action.BACKWARD_WEIGHT}
+    if Action.FORWARD not in done:
+        return Action.FORWARD
+    if Action.BACKWARD in done or halves <= done:
+        return Action.IDLE
+    return min(halves - done) if halves & done else Action.BACKWARD
 
 
 class _Slots:
@@ -218,12 +237,12 @@ def report(
     costs = _costs(schedule, forward, backward_input, backward_weight)
     span = makespan(schedule, forward, backward_input, backward_weight)
     busy = (schedule.action != Action.IDLE).sum(axis=0)
-    work = [sum(costs[action] for action in column) for column in schedule.action.T.tolist()]
+    work = sum(costs[action] for action in schedule.action[:, 0].tolist())  # that of every stage
     buffers = assign_buffers(schedule)
     return Report(
         ticks=schedule.num_ticks,
         idle=schedule.num_ticks - int(busy.min()),
-        bubble=(span - min(work)) / span,
+        bubble=(span - work) / span,
         peak_live=_peak_live(schedule),
         makespan=span,
         lock_step=sum(max(costs[action] for action in row) for row in schedule.action.tolist()),

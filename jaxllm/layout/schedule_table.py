@@ -27,6 +27,7 @@ class Action(enum.IntEnum):
 
 
 LETTERS = {"F": Action.FORWARD, "B": Action.BACKWARD, "I": Action.BACKWARD_INPUT, "W": Action.BACKWARD_WEIGHT}
+FORWARD_ONLY = "forward_only"  # the name of the one schedule without backwards, for evaluation
 SENDS_GRADIENT = (Action.BACKWARD, Action.BACKWARD_INPUT)
 
 
@@ -97,8 +98,10 @@ class Event(NamedTuple):
 
 def needs(task: Task, position: int, last_position: int) -> list[Event]:
     """The events that `task` waits for."""
+    if task.action == Action.IDLE or (task.action == Action.FORWARD and position == 0):
+        return []
     if task.action == Action.FORWARD:
-        return [Event(Action.FORWARD, task.microbatch, position - 1)] if position else []
+        return [Event(Action.FORWARD, task.microbatch, position - 1)]
     if task.action == Action.BACKWARD_WEIGHT:
         return [Event(Action.BACKWARD_INPUT, task.microbatch, position)]
     own = [Event(Action.FORWARD, task.microbatch, position)]
@@ -119,41 +122,47 @@ def place(
 
     Args:
       orders: for each stage its tasks, such as `(Action.FORWARD, microbatch)` or `(Action.FORWARD, microbatch,
-        virtual_stage)`.
+        virtual_stage)`; `(Action.IDLE, 0)` waits for a tick.
 
     Raises:
       UserError: a deadlock: no stage can go on, since each waits for a task that comes later.
     """
     orders = [[Task(*task) for task in order] for order in orders]
-    last_position = len(orders) * num_virtual_stages - 1
-    done, row, rows = set(), [0] * len(orders), []
-    while any(row[stage] < len(order) for stage, order in enumerate(orders)):
-        placed, events = [Task(Action.IDLE, 0)] * len(orders), []
-        for stage, order in enumerate(orders):
-            task = order[row[stage]] if row[stage] < len(order) else None
-            if task is None:
-                continue
-            position = task.virtual_stage * len(orders) + stage
-            if done.issuperset(needs(task, position, last_position)):
-                placed[stage] = task
-                events += brings(task, position)
-                row[stage] += 1
-        if all(task.action == Action.IDLE for task in placed):
-            raise UserError(_deadlock(name, orders, row, len(rows), done, last_position))
-        done.update(events)
-        rows.append(placed)
-    return _schedule(name, rows, len(orders), num_microbatches, num_virtual_stages, num_slots)
+    num_stages, last_position = len(orders), len(orders) * num_virtual_stages - 1
+    rows, done, at = [], set(), [0] * num_stages  # at: how far each stage has come
+    while any(at[stage] < len(order) for stage, order in enumerate(orders)):
+        row = [Task(Action.IDLE, 0)] * num_stages
+        ready = [
+            stage
+            for stage, order in enumerate(orders)
+            if at[stage] < len(order) and not _missing(order[at[stage]], stage, num_stages, last_position, done)
+        ]
+        if not ready:
+            raise UserError(_deadlock(name, orders, at, len(rows), last_position, done))
+        for stage in ready:
+            row[stage] = task = orders[stage][at[stage]]
+            at[stage] += 1
+            done.update(brings(task, task.virtual_stage * num_stages + stage))
+        rows.append(row)
+    return _schedule(name, rows, num_stages, num_microbatches, num_virtual_stages, num_slots)
 
 
-def _deadlock(name: str, orders, row, tick: int, done: set[Event], last_position: int) -> str:
+def _missing(task: Task, stage: int, num_stages: int, last_position: int, done: set[Event]) -> list[Event]:
+    """What `task` still waits for."""
+    return [event for event in needs(task, task.virtual_stage * num_stages + stage, last_position) if event not in done]
+
+
+def _deadlock(
+    name: str, orders: list[list[Task]], at: list[int], tick: int, last_position: int, done: set[Event]
+) -> str:
     """The first stage that cannot go on, and what it waits for."""
-    stage = next(stage for stage, order in enumerate(orders) if row[stage] < len(order))
-    task = orders[stage][row[stage]]
-    position = task.virtual_stage * len(orders) + stage
-    missing = next(event for event in needs(task, position, last_position) if event not in done)
+    stage = next(stage for stage, order in enumerate(orders) if at[stage] < len(order))
+    task = orders[stage][at[stage]]
+    missing = _missing(task, stage, len(orders), last_position, done)[0]
     return (
         f"schedule '{name}', tick {tick}, stage {stage}: deadlock. The {task} waits for the "
-        f"{Task(missing.action, missing.microbatch)} on stage {missing.position % len(orders)}, which must come first."
+        f"{Task(missing.action, missing.microbatch)} on stage {missing.position % len(orders)}, which never comes: "
+        "put it earlier in the order of that stage."
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from jaxllm.errors import UserError, did_you_mean
 from jaxllm.layout.named import call_named, is_named
 from jaxllm.layout.schedule_check import check_schedule, check_shape
-from jaxllm.layout.schedule_table import Action, Schedule, Task, from_rows, place
+from jaxllm.layout.schedule_table import FORWARD_ONLY, Action, Schedule, Task, from_rows, place
 
 __all__ = [
     "SCHEDULES",
@@ -56,8 +56,8 @@ def one_f_one_b_aligned(num_stages: int, num_microbatches: int, virtual_stages: 
     """1F1B for stages that run in lock step: all of them do forwards in even ticks, and backwards in odd ones.
 
     Every tick ends in an exchange, so it takes as long as its dearest action. In plain 1F1B a tick has forwards on some
-    stages and backwards on others, and costs a backward. Here two ticks cost a forward and a backward; the price is that
-    up to 2(P-s)-1 microbatches are live on stage s, and 2(M+2P-2) ticks.
+    stages and backwards on others, and costs a backward. Here the step takes (M+P-1)(F+B), as 1F1B does when stages
+    wait for nothing but their inputs. The price is that up to 2(P-s)-1 microbatches are live on stage s.
     """
     _no_virtual_stages("1f1b_aligned", virtual_stages)
     stages, turn = range(num_stages), 2 * (num_stages - 1)
@@ -119,7 +119,7 @@ def zero_bubble(num_stages: int, num_microbatches: int, virtual_stages: int = 1)
 def forward_only(num_stages: int, num_microbatches: int, virtual_stages: int = 1) -> Schedule:
     """Forwards only, for evaluation."""
     order = [Task(Action.FORWARD, m, v) for m, v in _in_groups(num_stages, num_microbatches, virtual_stages)]
-    return place("forward_only", [order] * num_stages, num_microbatches, virtual_stages)
+    return place(FORWARD_ONLY, [order] * num_stages, num_microbatches, virtual_stages)
 
 
 SCHEDULES: dict[str, Callable[[int, int, int], Schedule]] = {
@@ -140,7 +140,7 @@ def make_schedule(name: str, num_stages: int, num_microbatches: int, virtual_sta
         (file:line), or a table that is wrong (tick, stage and microbatch).
     """
     arguments = (num_stages, num_microbatches, virtual_stages)
-    makers = {**SCHEDULES, "forward_only": forward_only}
+    makers = {**SCHEDULES, FORWARD_ONLY: forward_only}
     if is_named(name):
         schedule = call_named("config.layout.schedule", name, *arguments)
         _check_returned(name, schedule, *arguments)
@@ -163,6 +163,11 @@ def _check_returned(name: str, schedule: object, num_stages: int, num_microbatch
             "build one with `place` or `from_rows` of jaxllm.layout.schedules."
         )
     check_shape(schedule)
+    if schedule.name == FORWARD_ONLY:
+        raise UserError(
+            f"config.layout.schedule={name} returned a schedule named '{FORWARD_ONLY}', a name that is for evaluation. "
+            "Give it another."
+        )
     asked = {"num_stages": num_stages, "num_microbatches": num_microbatches, "num_virtual_stages": virtual_stages}
     for field, size in asked.items():
         if getattr(schedule, field) != size:
