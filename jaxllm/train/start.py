@@ -10,6 +10,9 @@ import jax
 from jaxllm.data.config import DataConfig
 from jaxllm.data.dataset import Dataset
 from jaxllm.layout.layout import Layout
+from jaxllm.layout.schedule_check import report
+from jaxllm.layout.schedules import make_schedule
+from jaxllm.layout.stages import make_stages
 from jaxllm.model.attention_check import check_backend
 from jaxllm.model.spec import ModelSpec
 from jaxllm.train.config import Config
@@ -42,6 +45,7 @@ def describe_run(config: Config, spec: ModelSpec, layout: Layout, abstract: Trai
         f"model: {spec.num_parameters:,} parameters, {spec.num_embedding_parameters:,} of them only looked up",
         *_decay_lines(config, spec),
         f"devices: {layout.mesh.size} x {device.device_kind}, {mesh}, ZeRO {layout.zero_stage}",
+        *_pipeline_lines(layout, spec),
         f"bytes a device at rest: {state:,} ({params:,} of parameters, the rest optimizer)",
         f"{check_backend(layout, spec.config, config.precision.compute)}; compute in {config.precision.compute}",
         f"tokens a step: {tokens:,} = {config.data.batch_size} sequences x {data.length}"
@@ -50,6 +54,25 @@ def describe_run(config: Config, spec: ModelSpec, layout: Layout, abstract: Trai
         f"{config.train.steps * config.data.batch_size / data.rows_an_epoch(config.seed):.2f} epochs",
         f"FLOPs a token: {flops_per_token(spec, data.length):.4g} = 6 N + 12 layers heads head_dim length; "
         + (f"MFU against {peak / 1e12:,.0f} TFLOP/s a device" if peak else "no peak known for this device, so no MFU"),
+    ]
+
+
+def _pipeline_lines(layout: Layout, spec: ModelSpec) -> list[str]:
+    """The layers of each stage, and what the schedule costs where a backward pass takes three forward passes' time.
+
+    Three, because a stage keeps its input alone and computes the rest of a microbatch again.
+    """
+    if layout.num_stages == 1:
+        return []
+    microbatches, virtual = layout.num_microbatches, layout.virtual_stages
+    stages = make_stages(spec.config.num_layers, layout.num_stages, virtual, layout.stage_layers)
+    table = make_schedule(layout.schedule, layout.num_stages, microbatches, virtual)
+    cost = report(table, forward=1, backward_input=2, backward_weight=1)
+    return [
+        f"pipeline: {layout.num_stages} stages"
+        + (f" x {virtual} virtual ones" if virtual > 1 else "")
+        + f" of {','.join(map(str, stages.counts))} layers, {layout.schedule}, {microbatches} microbatches, "
+        f"{table.num_ticks} ticks, bubble {cost.bubble:.1%}, at most {cost.num_inputs} inputs of a stage kept"
     ]
 
 
