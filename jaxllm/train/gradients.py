@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.layout import zero
 from jaxllm.layout.layout import Layout, constrain, current_layout, pin
+from jaxllm.layout.vocabulary import weight_dtype
 from jaxllm.model.head import Loss
 
 Tree = Any
@@ -43,7 +44,7 @@ def loss_and_gradients(
       scale: multiplies the loss that is differentiated (float16 needs it large, a sum over tokens small).
     """
     layout = current_layout()
-    weights = _map(lambda w, a: zero.gather_for_step(layout, w, a, compute), params, axes)
+    weights = _map(lambda w, a: zero.gather_for_step(layout, w, a, weight_dtype(a, compute)), params, axes)
 
     def scaled(weights: Tree, microbatch: Tree) -> tuple[Array, Loss]:
         result = loss(weights, microbatch)
