@@ -108,7 +108,10 @@ def test_replica_groups_in_every_notation():
         "replica_groups=[4,2]<=[8]": ("model",),
         "replica_groups=[2,4]<=[4,2]T(1,0)": ("data",),
         "replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}": ("data",),
+        "replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}": ("data",),
+        "replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_0'}": ("model",),
         "replica_groups={{0,1,2,3,4,5,6,7}}": ("data", "model"),
+        "source_target_pairs={{0,0},{2,4},{4,2},{6,6}}": ("data",),
     }
     for groups, axes in lines.items():
         hlo = f"ENTRY %main () -> f32[] {{\n  %x = bf16[4,8]{{1,0}} all-reduce(%y), {groups}, metadata={{}}\n}}"
