@@ -11,7 +11,6 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxllm.config import one_of
@@ -197,13 +196,14 @@ def _drop(x: Array, rate: float, key_rows: Array | None, start: int, groups: int
 
 
 def _cudnn(layout: Layout | None, query, key, value, segment_ids):
-    """cuDNN attention on each device's rows and heads; its own partitioning rule does not hold in every context."""
+    """cuDNN attention on each device's rows and heads; its own partitioning rule does not hold in every context.
+
+    Key heads are split as the query heads are, whatever the rules: each device needs those of its own query heads.
+    """
     if layout is None:
         return _cudnn_local(query, key, value, segment_ids)
-    heads, keys = layout.spec(QUERY_AXES), layout.spec(KEY_AXES, key.shape)
-    keys = heads if key.shape[2] == query.shape[2] else keys
-    rows = P(*layout.spec(("batch", "length")))
-    specs = (heads, keys, keys) if segment_ids is None else (heads, keys, keys, rows)
+    heads, rows = layout.spec(("batch", None, "heads", None)), layout.spec(("batch", None))
+    specs = (heads, heads, heads) if segment_ids is None else (heads, heads, heads, rows)
     local = jax.shard_map(_cudnn_local, mesh=layout.mesh, in_specs=specs, out_specs=heads, check_vma=False)
     return local(query, key, value) if segment_ids is None else local(query, key, value, segment_ids)
 
