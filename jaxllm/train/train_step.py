@@ -1,5 +1,6 @@
 """The compiled step: loss and gradients, clipping, the guard against non-finite numbers, the update."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float
 from jaxllm.layout.layout import Layout, as_dtype, use_layout
 from jaxllm.layout.zero import gather_for_step
 from jaxllm.model.dropout import dropout_key
-from jaxllm.model.spec import ModelSpec
+from jaxllm.model.spec import ModelSpec, model_spec
 from jaxllm.steps.step import TrainStep
 from jaxllm.train.config import Config
 from jaxllm.train.gradients import loss_and_gradients
@@ -113,7 +114,9 @@ def _rescale(old: TrainState, new: TrainState, finite: Array) -> TrainState:
 def make_eval_step(
     step: TrainStep, spec: ModelSpec, config: Config, layout: Layout
 ) -> Callable[[Any, Any], tuple[Array, Array]]:
-    """Compiles `(params, batch) -> (summed loss in nats, tokens counted)`, without dropout."""
+    """Compiles `(params, batch) -> (summed loss in nats, tokens counted)`: what the text costs, so without dropout and
+    without z-loss."""
+    spec = model_spec(dataclasses.replace(spec.config, z_loss=0.0))
     compute = as_dtype(config.precision.compute)
 
     @jax.jit
