@@ -57,6 +57,7 @@ def causal_attention(
     """softmax(query key^T / sqrt(head_dim)) value over the earlier tokens of the same segment."""
     layout = chosen_layout()
     name = layout.attention if layout else "xla"
+    dropout_rate = dropout_rate if dropout_key is not None else 0.0  # an evaluation drops nothing
     if name == "auto":
         name = choose_backend(name, jax.default_backend(), compute=query.dtype.name, dropout=dropout_rate)
     if layout and key.shape[2] % layout.size("heads"):  # fewer key heads than parts: each part gets those it needs
@@ -64,7 +65,7 @@ def causal_attention(
         key, value = (constrain(jnp.repeat(a, repeats, axis=2), *QUERY_AXES) for a in (key, value))
     if name == "cudnn":
         return checkpoint_name(_cudnn(current_layout(), query, key, value, segment_ids), "attention")
-    key_rows = dropout_key.rows if dropout_key is not None and dropout_rate else None
+    key_rows = dropout_key.rows if dropout_rate else None
     return _flash(dropout_rate, query, key, value, segment_ids, key_rows)
 
 
