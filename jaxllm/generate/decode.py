@@ -37,15 +37,20 @@ class Rows(NamedTuple):
 class Decoder:
     """The compiled prefill and step of one model under one layout."""
 
-    def __init__(self, spec: ModelSpec, weights: Weights, layout: Layout):
-        """`weights` are those of the model in the dtype of compute, placed as the layout computes with them."""
+    def __init__(self, spec: ModelSpec, weights: Weights, layout: Layout, num_tokens: int | None = None):
+        """`weights` are those of the model in the dtype of compute, placed as the layout computes with them.
+
+        Of a vocabulary with more rows than the tokenizer has tokens, `num_tokens`, the others are never drawn.
+        """
+        num_tokens = spec.config.vocab_size if num_tokens is None else num_tokens
         self.config, self.layout, self._weights = spec.config, layout, weights
         self._dtype = weights["layers"]["attention"]["query"]["kernel"].dtype
 
         def extend(weights, cache, tokens, positions, segment_ids):
             model = spec.merge(weights)
             hidden, cache = model.extend(cache, tokens, positions, segment_ids)
-            return constrain(model.head.logits(hidden[:, -1:])[:, 0], "batch", None), cache
+            logits = constrain(model.head.logits(hidden[:, -1:])[:, 0], "batch", None)
+            return jnp.where(jnp.arange(logits.shape[1]) < num_tokens, logits, -jnp.inf), cache
 
         def draw(logits, rows: Rows, settings: SamplingArrays, keys: Key[Array, "batch"]) -> Rows:
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys, rows.drawn)

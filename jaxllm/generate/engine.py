@@ -28,7 +28,7 @@ class Engine:
     def __init__(self, run: Run):
         self.tokenizer: Tokenizer = run.tokenizer
         self.max_length = run.spec.config.max_length
-        self._decoder = Decoder(run.spec, run.weights, run.layout)
+        self._decoder = Decoder(run.spec, run.weights, run.layout, run.tokenizer.vocab_size)
 
     def generate(
         self,

@@ -17,6 +17,7 @@ from jaxllm.generate.decode import Weights
 from jaxllm.layout import zero
 from jaxllm.layout.config import MeshConfig
 from jaxllm.layout.layout import Layout, as_dtype, make_layout
+from jaxllm.model.attention_check import check_backend
 from jaxllm.model.spec import ModelSpec, model_spec
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.config import Config, read_config
@@ -74,7 +75,8 @@ def open_run(workdir: str | Path, config: Config | None = None, say: Callable[[s
       say: takes messages about damaged checkpoints; default stderr.
 
     Raises:
-      UserError: no run or no checkpoint there, one of another model, or a layout that does not fit.
+      UserError: no run or no checkpoint there, one of another model, a layout that does not fit, or an attention
+        backend that cannot run here or differs from the formula.
     """
     workdir = Path(workdir)
     if config is None:
@@ -88,6 +90,7 @@ def open_run(workdir: str | Path, config: Config | None = None, say: Callable[[s
             f"{spec.config.vocab_size}. Put the run's own tokenizer there."
         )
     layout = make_layout(config.mesh, config.layout)
+    check_backend(layout, dataclasses.replace(spec.config, attention_dropout=0.0), config.precision.compute)
     with Checkpoints(workdir / "checkpoints", say=say or (lambda line: print(line, file=sys.stderr))) as checkpoints:
         restored = checkpoints.restore_params(at_rest(spec, layout))
     if restored is None:

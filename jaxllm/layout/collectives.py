@@ -70,11 +70,10 @@ def _runs(hlo: str) -> dict[str, int]:
 
 
 def _mesh_axes(line: str, mesh: Mesh) -> tuple[str, ...]:
-    """The mesh axes along which the members of a replica group differ."""
-    groups = _groups(line, mesh.size)
-    members = np.array(groups[0]) if groups else np.arange(mesh.size)
-    coordinates = np.unravel_index(members, mesh.devices.shape)
-    return tuple(axis for axis, place in zip(mesh.axis_names, coordinates, strict=True) if len(set(place)) > 1)
+    """The mesh axes along which the members of a replica group, or source and target, differ."""
+    groups = np.array(_groups(line, mesh.size) or [np.arange(mesh.size)])
+    coordinates = np.unravel_index(groups, mesh.devices.shape)
+    return tuple(axis for axis, place in zip(mesh.axis_names, coordinates, strict=True) if np.ptp(place, axis=1).any())
 
 
 def _groups(line: str, num_devices: int) -> list[list[int]]:
@@ -86,15 +85,19 @@ def _groups(line: str, num_devices: int) -> list[list[int]]:
         devices = np.arange(num_devices).reshape(order)
         devices = devices.transpose(_ints(match[3])) if match[3] else devices
         return devices.reshape(shape).tolist()
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:<=\[([\d,]+)\])?\s*\{([^}]*)\}", line):
-        return _mesh_groups(match[1], match[3], num_devices)
+    if match := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))?\s*\{([^}]*)\}", line
+    ):
+        devices = np.arange(num_devices)
+        devices = devices.reshape(_ints(match[2])).transpose(_ints(match[3])) if match[2] else devices
+        return _mesh_groups(match[1], match[4], devices)
     return []
 
 
-def _mesh_groups(sizes: str, axes: str, num_devices: int) -> list[list[int]]:
+def _mesh_groups(sizes: str, axes: str, devices: np.ndarray) -> list[list[int]]:
     shape = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", sizes)}
     along = [list(shape).index(name) for name in re.findall(r"'(\w+)'", axes)]
-    devices = np.arange(num_devices).reshape(tuple(shape.values()))
+    devices = devices.reshape(tuple(shape.values()))
     rest = [i for i in range(devices.ndim) if i not in along]
     return devices.transpose(rest + along).reshape(-1, math.prod(devices.shape[i] for i in along)).tolist()
 

@@ -26,6 +26,7 @@ from jaxllm.layout.layout import Layout, constrain, pin, use_layout
 from jaxllm.layout.schedule_buffers import assign_buffers
 from jaxllm.layout.schedules import Action, Schedule, make_schedule
 from jaxllm.layout.stages import Stages, collect, deal, make_stages
+from jaxllm.layout.vocabulary import weight_dtype
 
 Tree = Any
 RESIDUAL = ("batch", "residual_length", "embed")  # what stages send one another
@@ -73,7 +74,7 @@ def run_pipeline(
     stages = make_stages(num_layers, layout.num_stages, layout.virtual_stages, layout.stage_layers)
 
     def enter(w: Array, a: tuple, layered: bool) -> Array:
-        w = zero.cast_at_rest(layout, w, a, compute)
+        w = zero.cast_at_rest(layout, w, a, weight_dtype(a, compute))
         if layered:
             return deal(layout, stages, w, a)
         return pin(w, layout, zero.step_spec(layout.inside("pipeline"), a, w.shape))

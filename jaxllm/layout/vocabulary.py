@@ -7,7 +7,7 @@ axes do not divide is padded with rows that no token has and that no probability
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,15 @@ from jaxllm.layout.layout import Layout, axis_names, current_layout, on_each_dev
 TABLE = ("vocab", "embed")
 # Float32 logits that a device holds at a time while it computes the loss.
 LOGITS_BYTES = 2**28
+
+
+def weight_dtype(axes: Sequence[str | None], compute: jnp.dtype) -> jnp.dtype:
+    """The dtype in which a train step holds a weight: that of compute, but in float16 a table is float32.
+
+    A gradient has the dtype of its weight. That of a row is a sum over tokens: with a loss scale that the gradients of
+    single tokens need, it would not fit float16.
+    """
+    return jnp.dtype("float32") if compute == jnp.float16 and "vocab" in axes else compute
 
 
 class _Place:
@@ -152,23 +161,23 @@ def cross_entropy(
       targets: token ids.
       weights: float32; 0 leaves a token out.
     """
-    return _cross_entropy(current_layout(), table.shape[0], z_loss, hidden, table, targets, weights)
+    return _cross_entropy(current_layout(), table.shape[0], table.dtype.name, z_loss, hidden, table, targets, weights)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _cross_entropy(layout, vocab_size, z_loss, hidden, table, targets, weights):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _cross_entropy(layout, vocab_size, table_dtype, z_loss, hidden, table, targets, weights):
     return _run_loss(layout, vocab_size, z_loss, hidden, table, targets, weights, gradients=False)[0]
 
 
-def _cross_entropy_forward(layout, vocab_size, z_loss, hidden, table, targets, weights):
-    loss, d_hidden, d_table = _run_loss(layout, vocab_size, z_loss, hidden, table, targets, weights, gradients=True)
-    return loss, (d_hidden, d_table.astype(table.dtype))
+def _cross_entropy_forward(layout, vocab_size, table_dtype, z_loss, hidden, table, targets, weights):
+    loss, *gradients = _run_loss(layout, vocab_size, z_loss, hidden, table, targets, weights, gradients=True)
+    return loss, gradients
 
 
-def _cross_entropy_backward(layout, vocab_size, z_loss, residuals, gradient):
-    d_hidden, d_table = residuals
-    scale = lambda d: (d.astype(jnp.float32) * gradient).astype(d.dtype)  # noqa: E731
-    return scale(d_hidden), scale(d_table), None, None
+def _cross_entropy_backward(layout, vocab_size, table_dtype, z_loss, residuals, gradient):
+    d_hidden, d_table = residuals  # d_table in float32: a sum over tokens, which float16 may hold only once scaled
+    scale = lambda d, dtype: (d.astype(jnp.float32) * gradient).astype(dtype)  # noqa: E731
+    return scale(d_hidden, d_hidden.dtype), scale(d_table, table_dtype), None, None
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.layout import zero
-from jaxllm.layout.layout import Axes, Layout, current_layout
+from jaxllm.layout.layout import Axes, Layout, current_layout, pin
 
 
 def weight_einsums(
@@ -140,6 +140,9 @@ def _small_forward(layout, axes, dtype, w):
 
 
 def _small_backward(layout, axes, dtype, _, gradient):
+    if layout is not None:
+        # First whole, as it was used: else XLA moves what it sums over tokens to where ZeRO accumulates the sum.
+        gradient = pin(gradient, layout, zero.compute_spec(layout, axes, gradient.shape))
     return (zero.reduce_gradient(layout, gradient, axes, jnp.dtype(dtype)),)
 
 

@@ -11,7 +11,6 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxllm.config import one_of
@@ -58,6 +57,7 @@ def causal_attention(
     """softmax(query key^T / sqrt(head_dim)) value over the earlier tokens of the same segment."""
     layout = chosen_layout()
     name = layout.attention if layout else "xla"
+    dropout_rate = dropout_rate if dropout_key is not None else 0.0  # an evaluation drops nothing
     if name == "auto":
         name = choose_backend(name, jax.default_backend(), compute=query.dtype.name, dropout=dropout_rate)
     if layout and key.shape[2] % layout.size("heads"):  # fewer key heads than parts: each part gets those it needs
@@ -65,7 +65,7 @@ def causal_attention(
         key, value = (constrain(jnp.repeat(a, repeats, axis=2), *QUERY_AXES) for a in (key, value))
     if name == "cudnn":
         return checkpoint_name(_cudnn(current_layout(), query, key, value, segment_ids), "attention")
-    key_rows = dropout_key.rows if dropout_key is not None and dropout_rate else None
+    key_rows = dropout_key.rows if dropout_rate else None
     return _flash(dropout_rate, query, key, value, segment_ids, key_rows)
 
 
@@ -197,13 +197,14 @@ def _drop(x: Array, rate: float, key_rows: Array | None, start: int, groups: int
 
 
 def _cudnn(layout: Layout | None, query, key, value, segment_ids):
-    """cuDNN attention on each device's rows and heads; its own partitioning rule does not hold in every context."""
+    """cuDNN attention on each device's rows and heads; its own partitioning rule does not hold in every context.
+
+    Key heads are split as the query heads are, whatever the rules: each device needs those of its own query heads.
+    """
     if layout is None:
         return _cudnn_local(query, key, value, segment_ids)
-    heads, keys = layout.spec(QUERY_AXES), layout.spec(KEY_AXES, key.shape)
-    keys = heads if key.shape[2] == query.shape[2] else keys
-    rows = P(*layout.spec(("batch", "length")))
-    specs = (heads, keys, keys) if segment_ids is None else (heads, keys, keys, rows)
+    heads, rows = layout.spec(("batch", None, "heads", None)), layout.spec(("batch", None))
+    specs = (heads, heads, heads) if segment_ids is None else (heads, heads, heads, rows)
     local = jax.checkpoint(on_each_device(layout, _cudnn_local, specs, heads))  # no residuals of a nested shard_map
     return local(query, key, value) if segment_ids is None else local(query, key, value, segment_ids)
 

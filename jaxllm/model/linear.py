@@ -51,4 +51,5 @@ def apply_together(x: Float[Array, "batch length ..."], linears: Sequence[Linear
 def _with_bias(linear: Linear, y: Array) -> Array:
     if linear.bias is None:
         return y
-    return y + small_weight(linear.bias[...], linear.bias.axes).astype(y.dtype)
+    # In float32, so that the gradient, a sum over all tokens, is summed in float32 too.
+    return (y.astype(jnp.float32) + small_weight(linear.bias[...], linear.bias.axes)).astype(y.dtype)

@@ -1,18 +1,21 @@
 """Model FLOP utilisation (MFU): the FLOPs a token needs, and what each kind of device can do."""
 
+import re
 from collections.abc import Mapping
 
 import jax
 
 from jaxllm.model.spec import ModelSpec
 
-# Dense bfloat16 TFLOP/s (no sparsity) by a part of `jax.Device.device_kind`; the first match counts.
-PEAK_TFLOPS: Mapping[str, float] = {
+# Dense bfloat16 TFLOP/s (no sparsity) by words of `jax.Device.device_kind`; the first match counts. None: a name that
+# begins like another.
+PEAK_TFLOPS: Mapping[str, float | None] = {
     "GB300": 2500,  # NVIDIA GB300 NVL72 page, half of the sparse figure
     "B300": 2250,  # NVIDIA HGX B300 page, half of the sparse figure
     "GB200": 2500,  # NVIDIA GB200 NVL72 data sheet: 360 PFLOP/s sparse / 72 / 2
     "B200": 2250,  # NVIDIA HGX B200 data sheet: 36 PFLOP/s sparse / 8 / 2
     "GH200": 989,  # NVIDIA GH200 data sheet, half of the sparse figure
+    "H200 NVL": 835,  # NVIDIA H200 data sheet: 1,671 sparse / 2
     "H200": 989,  # NVIDIA H200 data sheet: 1,979 sparse / 2
     "H100 NVL": 835,  # NVIDIA H100 data sheet: 1,671 sparse / 2
     "H100 PCIe": 756,  # NVIDIA H100 PCIe data sheet: 1,513 sparse / 2
@@ -20,19 +23,30 @@ PEAK_TFLOPS: Mapping[str, float] = {
     "A100": 312,  # NVIDIA A100 data sheet
     "A800": 312,  # an A100 with slower links
     "H800": 989,  # an H100 SXM with slower links
-    "L40S": 362,  # NVIDIA L40S data sheet: 733 sparse / 2
+    "L40S": 362,  # NVIDIA L40S data sheet: 362.05
+    "L40": 181,  # NVIDIA L40 data sheet: 181.05
     "L4": 121,  # NVIDIA L4 data sheet: 242 sparse / 2
     "A10G": 70,  # Amazon EC2 G5 page
+    "A10": 125,  # NVIDIA A10 data sheet
+    "RTX 4090 Laptop": None,
+    "RTX 4090 D": None,
+    "RTX 4090": 165.2,  # NVIDIA Ada GPU architecture white paper, appendix A: bfloat16 with float32 accumulation
+    "TPU v4 lite": None,
     "TPU v4": 275,  # Google Cloud TPU v4 page
-    "TPU v5p": 459,  # Google Cloud TPU v5p page
-    "TPU v5": 197,  # v5e ("TPU v5 lite"); Google Cloud TPU v5e page
-    "TPU v6": 918,  # v6e; Google Cloud TPU v6e page
+    "TPU v5 lite": 197,  # v5e as JAX names it; Google Cloud TPU v5e page
+    "TPU v5e": 197,
+    "TPU v5": 459,  # v5p as JAX names it; Google Cloud TPU v5p page
+    "TPU v5p": 459,
+    "TPU v6 lite": 918,  # v6e as JAX names it; Google Cloud TPU v6e page
+    "TPU v6e": 918,
 }
 
 
 def peak_flops(device: jax.Device) -> float | None:
     """Dense bfloat16 FLOP/s of a device, or None where the table does not know it (CPUs)."""
-    return next((1e12 * peak for kind, peak in PEAK_TFLOPS.items() if kind in device.device_kind), None)
+    named = (peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device.device_kind))
+    peak = next(named, None)
+    return peak and peak * 1e12
 
 
 def flops_per_token(spec: ModelSpec, length: int) -> float:

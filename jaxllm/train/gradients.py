@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from jaxllm.layout import zero
 from jaxllm.layout.layout import Layout, constrain, current_layout, pin, use_layout
 from jaxllm.layout.pipeline import run_pipeline
+from jaxllm.layout.vocabulary import weight_dtype
 from jaxllm.model.head import Loss
 
 Tree = Any
@@ -60,7 +61,7 @@ def loss_and_gradients(
             scale=scale,
         )
         return Gradients(summed.total, summed.weight, _map(lambda g, a: _final(layout, g, a), summed.gradients, axes))
-    weights = _map(lambda w, a: zero.gather_for_step(layout, w, a, compute), params, axes)
+    weights = _map(lambda w, a: zero.gather_for_step(layout, w, a, weight_dtype(a, compute)), params, axes)
     microbatches = jax.tree.map(lambda x: _split(x, num_microbatches), batch)
     once = _reduced_once(layout, params, axes)
     local = run = partial(_accumulate, layout and layout.inside(*once), loss, axes, accumulate)

@@ -1,5 +1,6 @@
 """The compiled step: loss and gradients, clipping, the guard against non-finite numbers, the update."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.layout.layout import Layout, as_dtype, use_layout
 from jaxllm.model.dropout import dropout_key
-from jaxllm.model.spec import ModelSpec
+from jaxllm.model.spec import ModelSpec, model_spec
 from jaxllm.steps.step import TrainStep
 from jaxllm.train.config import Config
 from jaxllm.train.gradients import loss_and_gradients, summed_loss
@@ -112,10 +113,12 @@ def _rescale(old: TrainState, new: TrainState, finite: Array) -> TrainState:
 def make_eval_step(
     step: TrainStep, spec: ModelSpec, config: Config, layout: Layout
 ) -> Callable[[Any, Any], tuple[Array, Array]]:
-    """Compiles `(params, batch) -> (summed loss in nats, tokens counted)`, without dropout.
+    """Compiles `(params, batch) -> (summed loss in nats, tokens counted)`.
 
-    A pipeline splits the batch into its microbatches, so that all stages have work.
+    That is what the text costs, so without dropout and without z-loss. A pipeline splits the batch into its
+    microbatches, so that all stages have work.
     """
+    spec = model_spec(dataclasses.replace(spec.config, z_loss=0.0))
     compute = as_dtype(config.precision.compute)
 
     def loss(weights, batch):

@@ -103,6 +103,10 @@ MISTAKES = {
     "prompt file": (["generate", "--workdir=RUN", "--prompt_file=no.txt"], "--prompt_file no.txt: No such file"),
     "mesh": (["generate", "--workdir=RUN", "--prompt=x", "--config.mesh.model=3"], "config.mesh"),
     "field": (["generate", "--workdir=RUN", "--prompt=x", "--config.mesh.mdel=1"], "Did you mean 'config.mesh.model'?"),
+    "attention": (
+        ["evaluate", "--workdir=RUN", "--input=RUN/config.json", "--source=text", "--config.layout.attention=cudnn"],
+        "config.layout.attention='cudnn' needs a GPU",
+    ),
     "another model": (
         ["generate", "--workdir=RUN", "--prompt=x", "--config.model.num_layers=2"],
         "is a checkpoint of another model",
@@ -116,6 +120,18 @@ MISTAKES = {
 @pytest.mark.parametrize(("argv", "says"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_mistakes(run_on_disk, argv, says, capsys):
     assert says in mistake([argument.replace("RUN", str(run_on_disk)) for argument in argv], capsys)
+
+
+def test_an_attention_backend_that_differs(run_on_disk, capsys, monkeypatch, request):
+    from jaxllm.model import attention_backends, attention_check
+
+    flash = attention_backends._flash
+    ignores_segments = lambda rate, q, k, v, segments, rows: flash(rate, q, k, v, None, rows)  # noqa: E731
+    monkeypatch.setattr(attention_backends, "_flash", ignores_segments)
+    request.addfinalizer(attention_check._differences.clear_cache)
+    attention_check._differences.clear_cache()
+    said = mistake(["generate", f"--workdir={run_on_disk}", "--prompt=x"], capsys)
+    assert "attention backend 'xla' differs from the reference" in said
 
 
 def test_a_folder_that_is_no_run(tmp_path, capsys):

@@ -1,10 +1,14 @@
 """Prompts in, text out: stops, budgets, batches, streaming."""
 
+import dataclasses
+
+import jax.numpy as jnp
 import pytest
 
 from jaxllm.errors import UserError
 from jaxllm.generate.engine import Engine
 from jaxllm.generate.sampling import Sampling
+from jaxllm.model.spec import model_spec
 
 GREEDY = Sampling(temperature=0)
 
@@ -28,6 +32,20 @@ def test_text_is_that_of_the_tokens_and_streams_in_parts(engine):
         assert len(completion.tokens) == 20 or ended
         assert completion.text == engine.tokenizer.decode(completion.tokens) == shown[row]
     assert done[0].prompt == "却说曹操"
+
+
+def test_rows_of_the_vocabulary_that_no_token_has_are_never_drawn(run, engine):
+    """The same model with more rows than the tokenizer has tokens, each of them larger than those of any token."""
+    tokens = run.tokenizer.vocab_size
+    table = run.weights["embedding"]["table"]
+    weights = run.weights | {"embedding": {"table": jnp.concatenate([table, 30 * table, -30 * table])}}
+    spec = model_spec(dataclasses.replace(run.spec.config, vocab_size=3 * tokens))
+    wide = Engine(run._replace(spec=spec, weights=weights))
+    prompts = ["却说曹操", "the quick", "dog", "fox"]
+    assert wide.generate(prompts, 10, GREEDY) == engine.generate(prompts, 10, GREEDY)
+    settings = [Sampling(2.0), Sampling(1.5, top_k=2 * tokens), Sampling(3.0, top_p=0.99), Sampling(1.0, min_p=0.01)]
+    drawn = wide.generate(prompts, 20, settings)
+    assert max(token for completion in drawn for token in completion.tokens) < tokens
 
 
 def test_a_batch_is_its_rows(engine):

@@ -1,5 +1,6 @@
 """Small models trained for a few steps under any layout: what the layout tests compare."""
 
+import dataclasses
 import functools
 import itertools
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from jaxllm.model.spec import ModelSpec, model_spec
 from jaxllm.steps import STEPS
 from jaxllm.train.config import Config, OptimizerConfig, PrecisionConfig
 from jaxllm.train.optimizer import make_optimizer, make_schedule
-from jaxllm.train.state import abstract_state, new_state
+from jaxllm.train.state import FIRST_LOSS_SCALE, abstract_state, new_state
 from jaxllm.train.train_step import make_train_step
 
 LLAMA = ModelConfig(
@@ -121,12 +122,15 @@ def lowered(model: ModelConfig, layout: Layout, config: Config = FLOAT32):
     return step.trace(state, Batch(int32, int32, int32, boolean)).lower()
 
 
-def run(model: ModelConfig, layout: Layout, steps: int = STEPS_TAKEN) -> np.ndarray:
+def run(model: ModelConfig, layout: Layout, steps: int = STEPS_TAKEN, compute: str = "float32") -> np.ndarray:
     """Loss and gradient norm of each step, [steps, 2]."""
     spec, optimizer, schedule, first = parts(model)
+    config = dataclasses.replace(FLOAT32, precision=PrecisionConfig(compute=compute))
+    if compute == "float16":
+        first = first._replace(loss_scale=np.float32(FIRST_LOSS_SCALE))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(spec, optimizer, layout))
     state = jax.device_put(first, shardings)
-    step = make_train_step(STEPS["pretrain"], spec, optimizer, schedule, FLOAT32, layout)
+    step = make_train_step(STEPS["pretrain"], spec, optimizer, schedule, config, layout)
     seen = []
     for number in range(steps):
         state, metrics = step(state, make_batch(spec, number, layout))
@@ -135,6 +139,6 @@ def run(model: ModelConfig, layout: Layout, steps: int = STEPS_TAKEN) -> np.ndar
 
 
 @functools.cache
-def reference(model: ModelConfig) -> np.ndarray:
+def reference(model: ModelConfig, compute: str = "float32") -> np.ndarray:
     """The same on one device."""
-    return run(model, Shape(1, 1, 1, zero_stage=0).layout())
+    return run(model, Shape(1, 1, 1, zero_stage=0).layout(), compute=compute)

@@ -9,7 +9,7 @@ from jaxllm.layout import zero
 from jaxllm.layout.collectives import Collective, collectives
 from jaxllm.layout.config import MeshConfig
 from jaxllm.layout.mesh import make_mesh
-from tests.layout.runs import BATCH, LENGTH, LLAMA, Shape, lowered
+from tests.layout.runs import BATCH, GPT2, LENGTH, LLAMA, Shape, lowered
 
 LAYERS = 3
 MODEL = dataclasses.replace(LLAMA, num_layers=LAYERS, dropout=0.0, attention_dropout=0.0, num_kv_heads=8)
@@ -101,6 +101,29 @@ def test_nothing_is_sent_that_nobody_asked_for(shape):
         assert is_activation or set(c.shape) <= local, c
 
 
+@pytest.mark.parametrize("shape", [Shape(2, 2, 2, 2, num_microbatches=2), Shape(2, 2, 2, 3)], ids=str)
+def test_small_weights_are_gathered_once_and_their_gradients_reduced_once(shape):
+    """Biases, norms and a learned position table under HSDP: no array of whatever size takes another way."""
+    model = dataclasses.replace(GPT2, num_layers=LAYERS, dropout=0.0, vocab_size=40)
+    layout = shape.layout()
+    found = collectives(lowered(model, layout).compile().as_text(), layout.mesh)
+    assert {c.kind for c in found} <= {"all-reduce", "all-gather", "reduce-scatter"}
+    embed, head = model.embed_dim, (model.num_heads // shape.model, model.head_dim)
+    assert embed == model.mlp_dim // shape.model  # so biases of mlp and residual have one shape on a device
+    a_layer = {(embed,): 7, head: 3}  # two norms, scale and bias; out, up, down; query, key, value
+    once = {(embed,): 2, (LENGTH, embed): 1}  # the last norm; the positions
+    gathers, reductions = Counter(), Counter()
+    for c in found:
+        gathers[c.shape] += c.runs * (c.kind == "all-gather" and c.mesh_axes == ("data",))
+        reductions[c.shape] += c.runs * (c.kind == "all-reduce" and c.mesh_axes == ("replica", "data"))
+    for small, number in a_layer.items():
+        assert gathers[LAYERS, *small] == number
+        assert reductions[small] == (number * LAYERS + once.get(small, 0)) * shape.num_microbatches
+    for small, number in once.items():
+        assert gathers[small] == number
+    assert reductions[LENGTH, embed] == shape.num_microbatches
+
+
 def test_replica_groups_in_every_notation():
     mesh = make_mesh(MeshConfig(data=4, model=2))
     lines = {
@@ -108,7 +131,10 @@ def test_replica_groups_in_every_notation():
         "replica_groups=[4,2]<=[8]": ("model",),
         "replica_groups=[2,4]<=[4,2]T(1,0)": ("data",),
         "replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}": ("data",),
+        "replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}": ("data",),
+        "replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_0'}": ("model",),
         "replica_groups={{0,1,2,3,4,5,6,7}}": ("data", "model"),
+        "source_target_pairs={{0,0},{2,4},{4,2},{6,6}}": ("data",),
     }
     for groups, axes in lines.items():
         hlo = f"ENTRY %main () -> f32[] {{\n  %x = bf16[4,8]{{1,0}} all-reduce(%y), {groups}, metadata={{}}\n}}"

@@ -2,11 +2,13 @@
 
 import os
 
+import jax
 import numpy as np
 import pytest
 
 from jaxllm.layout import zero
-from tests.layout.runs import GPT2, LLAMA, Shape, all_shapes, canonical, reference, run
+from jaxllm.train.state import init_state
+from tests.layout.runs import GPT2, LLAMA, Shape, all_shapes, canonical, parts, reference, run
 
 # A ZeRO stage has nothing to spread where data=1, nor has sequence parallelism where model=1: such layouts are run
 # once, and a few of the others below. JAXLLM_ALL_LAYOUTS=1 runs all 160.
@@ -47,6 +49,48 @@ def test_layouts_left_out_above(shape):
 def test_a_vocabulary_that_does_not_divide(shape):
     """GPT-2: learned positions, biases, a tied head, 37 tokens."""
     agrees(shape, GPT2)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"remat": "full"}, {"remat": "selective"}, {"scan_layers": False}, {"rules": "fsdp"}],
+    ids=lambda fields: "{}={}".format(*next(iter(fields.items()))),
+)
+def test_remat_unrolled_layers_and_fsdp(fields):
+    layout = Shape(1, 2, 2, zero_stage=3, sequence_parallel=True, num_microbatches=2).layout(**fields)
+    np.testing.assert_allclose(run(LLAMA, layout), reference(LLAMA), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("compute", "loss_tolerance", "norm_tolerance"), [("bfloat16", 1e-3, 2e-2), ("float16", 1e-4, 4e-3)]
+)
+def test_half_precision_within_rounding(compute, loss_tolerance, norm_tolerance):
+    """Against one device, and that against float32; float16 with its loss scale."""
+    alone = reference(GPT2, compute)
+    laid_out = run(GPT2, Shape(1, 2, 2, zero_stage=2).layout(), compute=compute)
+    for column, tolerance in enumerate((loss_tolerance, norm_tolerance)):
+        np.testing.assert_allclose(laid_out[:, column], alone[:, column], rtol=tolerance)
+        np.testing.assert_allclose(alone[:, column], reference(GPT2)[:, column], rtol=tolerance)
+    assert not np.array_equal(alone, reference(GPT2))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "rules"),
+    [
+        (GPT2, Shape(8, 1, 1, zero_stage=0), "megatron"),
+        (GPT2, Shape(1, 1, 8, zero_stage=1), "megatron"),
+        (GPT2, Shape(2, 2, 2, zero_stage=2), "megatron"),
+        (LLAMA, Shape(1, 4, 2, zero_stage=3), "megatron"),
+        (LLAMA, Shape(1, 4, 2, zero_stage=3), "fsdp"),
+    ],
+)
+def test_the_first_parameters_are_the_same_bit_for_bit(model, shape, rules):
+    spec, optimizer, _, first = parts(model)
+    state = init_state(spec, optimizer, shape.layout(rules=rules), seed=0)
+    for (path, actual), expected in zip(
+        jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(first.params), strict=True
+    ):
+        np.testing.assert_array_equal(actual, expected, err_msg=jax.tree_util.keystr(path))
 
 
 def test_every_factorisation_is_there():

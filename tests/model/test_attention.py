@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from jaxllm.errors import UserError
-from jaxllm.model import attention_backends
+from jaxllm.layout.config import LayoutConfig, MeshConfig
+from jaxllm.layout.layout import make_layout, use_layout
+from jaxllm.model import attention_backends, attention_check
 from jaxllm.model.attention_backends import causal_attention, choose_backend, document_offsets, query_blocks
 from jaxllm.model.dropout import DropoutKey, keep_mask
 
@@ -79,6 +81,34 @@ def assert_close(actual, expected, tolerance=2e-6):
 def test_xla(kv_heads, segments):
     assert len(query_blocks(LENGTH)) == 3
     assert_close(computed(*inputs(kv_heads), segments), naive(*inputs(kv_heads), segments))
+
+
+@pytest.mark.parametrize("segments", [SEGMENTS, None], ids=["packed", "whole"])
+@pytest.mark.parametrize(
+    ("kv_heads", "model", "rules"),
+    [
+        (4, 2, ""),
+        (2, 2, ""),
+        (2, 4, ""),
+        (2, 2, "kv_heads=none"),
+        (2, 2, "heads=none"),
+        (1, 2, "kv_heads=none"),
+        (2, 2, "heads=none,kv_heads=none,head_dim=model"),
+    ],
+)
+def test_cudnn_gives_each_device_the_key_heads_of_its_query_heads(monkeypatch, kv_heads, model, rules, segments):
+    """On CPU, with the formula in place of the kernel on each device."""
+
+    def local(query, key, value, segment_ids=None):
+        whole = jnp.zeros(query.shape[:2], jnp.int32)
+        return attention_check.reference(query, key, value, whole if segment_ids is None else segment_ids)
+
+    monkeypatch.setattr(attention_backends, "_cudnn_local", local)
+    monkeypatch.setattr(attention_check, "constrain", lambda x, *_: x)
+    config = LayoutConfig(attention="cudnn", rule_overrides=rules)
+    layout = make_layout(MeshConfig(data=2, model=model), config, devices=jax.devices()[: 2 * model])
+    with use_layout(layout):
+        assert_close(computed(*inputs(kv_heads), segments), naive(*inputs(kv_heads), segments))
 
 
 def test_query_blocks_cover_every_query_once(monkeypatch):
