@@ -24,9 +24,9 @@ from jaxllm.errors import UserError
 from jaxllm.layout.config import LayoutConfig, MeshConfig
 from jaxllm.layout.mesh import make_mesh
 from jaxllm.layout.rules import Rules, describe, make_rules
+from jaxllm.layout.scope import Axes, tensor_scope
 
 REMAT = ("none", "selective", "full")
-Axes = tuple[str | None, ...]
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,10 @@ def reshard(x: Array, forward: Axes, backward: Axes) -> Array:
     that is reduce-scattered over it (g of Korthikanti et al. 2022), and the other way round.
     """
     layout = current_layout()
-    return x if layout is None else _reshard(layout, forward, backward, x)
+    if layout is None:
+        return x
+    with tensor_scope("", forward, backward):
+        return _reshard(layout, forward, backward, x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -25,6 +25,7 @@ from jaxllm.layout.layers import Layer, cut_at_layers, run_each
 from jaxllm.layout.layout import Layout, constrain, pin, use_layout
 from jaxllm.layout.schedule_buffers import assign_buffers
 from jaxllm.layout.schedules import Action, Schedule, make_schedule
+from jaxllm.layout.scope import path_name, tensor_scope
 from jaxllm.layout.stages import Stages, collect, deal, make_stages
 from jaxllm.layout.vocabulary import weight_dtype
 
@@ -66,23 +67,31 @@ def run_pipeline(
       scale: multiplies the loss that is differentiated.
       schedule: default the layout's.
     """
-    leaves, tree = jax.tree.flatten(params)
+    paths, tree = jax.tree_util.tree_flatten_with_path(params)
+    names, leaves = [path_name(path) for path, _ in paths], [leaf for _, leaf in paths]
     leaf_axes = tree.flatten_up_to(axes)
     in_layers = [a[:1] == ("layers",) for a in leaf_axes]
     num_layers = next(w.shape[0] for w, layered in zip(leaves, in_layers, strict=True) if layered)
     table = make_schedule(schedule or layout.schedule, layout.num_stages, num_microbatches, layout.virtual_stages)
     stages = make_stages(num_layers, layout.num_stages, layout.virtual_stages, layout.stage_layers)
 
-    def enter(w: Array, a: tuple, layered: bool) -> Array:
-        w = zero.cast_at_rest(layout, w, a, weight_dtype(a, compute))
-        if layered:
-            return deal(layout, stages, w, a)
-        return pin(w, layout, zero.step_spec(layout.inside("pipeline"), a, w.shape))
+    def enter(name: str, w: Array, a: tuple, layered: bool) -> Array:
+        with tensor_scope(name, a):
+            w = zero.cast_at_rest(layout, w, a, weight_dtype(a, compute))
+            if layered:
+                return deal(layout, stages, w, a)
+            return pin(w, layout, zero.step_spec(layout.inside("pipeline"), a, w.shape))
 
-    entered = [enter(*leaf) for leaf in zip(leaves, leaf_axes, in_layers, strict=True)]
+    def leave(name: str, g: Array, a: tuple, layered: bool) -> Array:
+        with tensor_scope(name, a):
+            return collect(layout, stages, g, a) if layered else g
+
+    entered = [enter(*leaf) for leaf in zip(names, leaves, leaf_axes, in_layers, strict=True)]
     specs = [zero.step_spec(layout.inside("pipeline"), a, w.shape) for w, a in zip(leaves, leaf_axes, strict=True)]
     once = zero.reduced_once(layout, specs)
-    executor = _Executor(layout.inside("pipeline", *once), table, stages, loss, tree, leaf_axes, in_layers, accumulate)
+    executor = _Executor(
+        layout.inside("pipeline", *once), table, stages, loss, tree, names, leaf_axes, in_layers, accumulate
+    )
     microbatches = jax.tree.map(lambda x: _split(x, num_microbatches), batch)
     over_stages = [P("pipeline") if layered else P() for layered in in_layers]
     has_gradients = executor.has_gradients
@@ -96,8 +105,7 @@ def run_pipeline(
     )
     total, weight, gradients, executed = run(entered, microbatches, jnp.asarray(scale, jnp.float32))
     if has_gradients:
-        parts = zip(gradients, leaf_axes, in_layers, strict=True)
-        gradients = tree.unflatten([collect(layout, stages, g, a) if layered else g for g, a, layered in parts])
+        gradients = tree.unflatten([leave(*leaf) for leaf in zip(names, gradients, leaf_axes, in_layers, strict=True)])
     return PipelineSums(total, weight, gradients, executed)
 
 
@@ -143,6 +151,7 @@ class _Executor:
     stages: Stages
     loss: LossFunction
     tree: Any
+    names: list[str]
     axes: list[tuple]
     in_layers: list[bool]
     accumulate: jnp.dtype
@@ -175,11 +184,19 @@ class _Executor:
             total, weight = jax.lax.psum((end.total, end.weight), everywhere)
             gradients = end.weight_gradients
             if gradients is not None:
-                gradients = [
-                    jax.lax.psum(g[None], self.once) if layered else jax.lax.psum(g, everywhere)
-                    for g, layered in zip(gradients, self.in_layers, strict=True)
-                ]
+                gradients = self.each(
+                    lambda g, _, layered: jax.lax.psum(g[None], self.once) if layered else jax.lax.psum(g, everywhere),
+                    gradients,
+                )
             return total, weight, gradients, end.executed[None]
+
+    def each(self, f: Callable[[Array, tuple, bool], Array], leaves: list[Array]) -> list[Array]:
+        """`f(leaf, its axes, is it of the layers)` on each weight or gradient, in its scope."""
+        results = []
+        for leaf, name, axes, layered in zip(leaves, self.names, self.axes, self.in_layers, strict=True):
+            with tensor_scope(name, axes):
+                results.append(f(leaf, axes, layered))
+        return results
 
     def _start(self, weights: list[Array], microbatches: Tree, num_inputs: int, num_gradients: int) -> _Carry:
         first = jax.tree.map(lambda a: a[:, 0], microbatches)
@@ -202,7 +219,7 @@ class _Executor:
         slots = P(None, *self.layout.spec(RESIDUAL))
         sums = carry.weight_gradients
         if sums is not None:
-            sums = [pin(g, self.layout, self._accumulator_spec(g, a)) for g, a in zip(sums, self.axes, strict=True)]
+            sums = self.each(lambda g, axes, _: pin(g, self.layout, self._accumulator_spec(g, axes)), sums)
         return carry._replace(
             inputs=pin(carry.inputs, self.layout, slots),
             gradients=pin(carry.gradients, self.layout, slots),
@@ -421,15 +438,13 @@ class _Here:
 
     def _add(self, carry: _Carry, gradients: list[Array], *, layers: bool = True) -> _Carry:
         """`gradients` of that part of the weights added to the accumulators."""
-        rest, sums = iter(gradients), []
-        for total, axes, layered in zip(
-            carry.weight_gradients, self.executor.axes, self.executor.in_layers, strict=True
-        ):
+        rest, layout = iter(gradients), self.executor.layout
+
+        def add(total: Array, axes: tuple, layered: bool) -> Array:
             if layered != layers:
-                sums.append(total)
-                continue
+                return total
             g = next(rest)
-            g = pin(g, self.executor.layout, zero.gradient_spec(self.executor.layout, axes, g.shape))
-            g = g.astype(total.dtype)
-            sums.append(total.at[self.task.virtual_stage].add(g) if layered else total + g)
-        return self.executor.place(carry._replace(weight_gradients=sums))
+            g = pin(g, layout, zero.gradient_spec(layout, axes, g.shape)).astype(total.dtype)
+            return total.at[self.task.virtual_stage].add(g) if layered else total + g
+
+        return self.executor.place(carry._replace(weight_gradients=self.executor.each(add, carry.weight_gradients)))

@@ -14,10 +14,15 @@ from jaxtyping import Array, Float
 
 from jaxllm.layout import zero
 from jaxllm.layout.layout import Axes, Layout, current_layout, pin
+from jaxllm.layout.scope import tensor_scope
 
 
 def weight_einsums(
-    equations: Sequence[str], x: Float[Array, "..."], weights: Sequence[Float[Array, "..."]], axes: Sequence[Axes]
+    equations: Sequence[str],
+    x: Float[Array, "..."],
+    weights: Sequence[Float[Array, "..."]],
+    axes: Sequence[Axes],
+    names: Sequence[str],
 ) -> list[Float[Array, "..."]]:
     """`einsum(equations[i], x, weights[i])` of one activation with weights of logical `axes[i]`, in the dtype of x.
 
@@ -25,12 +30,21 @@ def weight_einsums(
     weight is reduced over the devices in `Layout.reduce_dtype`, and only then rounded. Several column-parallel weights
     [input, output, …] are one matmul, their columns side by side: larger, and tensor parallelism then pays one
     all-reduce for the gradients that they all send back to x.
+
+    Args:
+      names: paths of the weights, for `tensor_scope`.
     """
     layout = current_layout()
     parts = {_parts(layout, w, a) for w, a in zip(weights, axes, strict=True)}
     if len(weights) > 1 and len(parts) == 1:
-        return list(_joint(layout, parts.pop(), tuple(axes), x, tuple(weights)))
-    return [_einsum(layout, e, a, x, w) for e, a, w in zip(equations, axes, weights, strict=True)]
+        with tensor_scope(names, *axes):
+            return list(_joint(layout, parts.pop(), tuple(axes), tuple(names), x, tuple(weights)))
+    return [_named_einsum(layout, *each, x=x) for each in zip(equations, axes, names, weights, strict=True)]
+
+
+def _named_einsum(layout: Layout | None, equation: str, axes: Axes, name: str, w: Array, *, x: Array) -> Array:
+    with tensor_scope(name, axes):
+        return _einsum(layout, equation, axes, x, w)
 
 
 def _parts(layout: Layout | None, w: Array, axes: Axes) -> int:
@@ -60,19 +74,26 @@ def _einsum_backward(layout, equation, axes, residuals, dy):
 _einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _joint(layout: Layout | None, parts: int, axes: tuple[Axes, ...], x: Array, weights: tuple[Array, ...]):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _joint(
+    layout: Layout | None,
+    parts: int,
+    axes: tuple[Axes, ...],
+    names: tuple[str, ...],
+    x: Array,
+    weights: tuple[Array, ...],
+):
     whole = [zero.gather_for_use(layout, w, a).astype(x.dtype) for w, a in zip(weights, axes, strict=True)]
     y = jnp.einsum("btd,dnc->btnc", x, _side_by_side(whole, parts))
     pieces = jnp.split(y, _column_offsets(weights, parts), axis=3)
     return tuple(y.reshape(*x.shape[:2], *w.shape[1:]) for y, w in zip(pieces, weights, strict=True))
 
 
-def _joint_forward(layout, parts, axes, x, weights):
-    return _joint(layout, parts, axes, x, weights), (x, weights)
+def _joint_forward(layout, parts, axes, names, x, weights):
+    return _joint(layout, parts, axes, names, x, weights), (x, weights)
 
 
-def _joint_backward(layout, parts, axes, residuals, gradients):
+def _joint_backward(layout, parts, axes, names, residuals, gradients):
     x, weights = residuals
     whole, gradients = _gather_again(layout, axes, weights, gradients)
     dy = jnp.concatenate([g.reshape(*g.shape[:2], parts, -1) for g in gradients], axis=3)
@@ -81,12 +102,14 @@ def _joint_backward(layout, parts, axes, residuals, gradients):
         together = _weight_gradient(layout, "btd", "btnc", "dnc", x, dy)
         d_weights = jnp.split(together, _column_offsets(weights, parts), axis=2)
     else:  # one by one, so that each is scattered along its own axis
-        flat = [g.reshape(*g.shape[:2], -1) for g in gradients]
-        d_weights = [_weight_gradient(layout, "btd", "btc", "dc", x, g) for g in flat]
-    reduced = [
-        zero.reduce_gradient(layout, g.reshape(w.shape), a, w.dtype)
-        for g, a, w in zip(d_weights, axes, weights, strict=True)
-    ]
+        d_weights = []
+        for g, a, name in zip(gradients, axes, names, strict=True):
+            with tensor_scope(name, a):
+                d_weights.append(_weight_gradient(layout, "btd", "btc", "dc", x, g.reshape(*g.shape[:2], -1)))
+    reduced = []
+    for g, a, w, name in zip(d_weights, axes, weights, names, strict=True):
+        with tensor_scope(name, a):
+            reduced.append(zero.reduce_gradient(layout, g.reshape(w.shape), a, w.dtype))
     return dx.astype(x.dtype), tuple(reduced)
 
 
@@ -125,9 +148,10 @@ def _weight_gradient(layout: Layout | None, left: str, output: str, right: str, 
     return jnp.einsum(f"{left},{output}->{right}", x, dy, preferred_element_type=dtype)
 
 
-def small_weight(w: Float[Array, "..."], axes: Axes) -> Float[Array, "..."]:
-    """A bias or a norm's scale, in float32: gathered where it is not whole, its gradient reduced."""
-    return _small(current_layout(), axes, w.dtype.name, w)
+def small_weight(w: Float[Array, "..."], axes: Axes, name: str) -> Float[Array, "..."]:
+    """A bias or a norm's scale of path `name`, in float32: gathered where it is not whole, its gradient reduced."""
+    with tensor_scope(name, axes):
+        return _small(current_layout(), axes, w.dtype.name, w)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -9,8 +9,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.layout import vocabulary
 from jaxllm.layout.layout import constrain, current_layout
+from jaxllm.layout.scope import tensor_scope
 from jaxllm.layout.zero import gather_for_use
 from jaxllm.model.config import ModelConfig
+from jaxllm.model.names import name_of
 
 
 class Loss(NamedTuple):
@@ -29,7 +31,8 @@ class Table(nnx.Module):
         self.table = nnx.Param(values, axes=("vocab", "embed"))
 
     def __call__(self, tokens: Int[Array, "batch length"], dtype: jnp.dtype) -> Float[Array, "batch length embed"]:
-        return vocabulary.lookup(self.table[...], tokens, dtype)
+        with tensor_scope(name_of(self.table), self.table.axes):
+            return vocabulary.lookup(self.table[...], tokens, dtype)
 
 
 class Head:
@@ -53,5 +56,6 @@ class Head:
         """Summed cross-entropy, in nats, of the tokens where `loss_mask` is true, each from the position before it."""
         targets = jnp.roll(tokens, -1, axis=1)
         weights = jnp.roll(loss_mask, -1, axis=1).at[:, -1].set(False).astype(jnp.float32)
-        total = vocabulary.cross_entropy(hidden, self.table[...], targets, weights, self.z_loss)
+        with tensor_scope(name_of(self.table), self.table.axes):
+            total = vocabulary.cross_entropy(hidden, self.table[...], targets, weights, self.z_loss)
         return Loss(total, weights.sum())

@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxllm.layout.weights import small_weight, weight_einsums
+from jaxllm.model.names import name_of
 
 
 class Linear(nnx.Module):
@@ -43,8 +44,9 @@ class Linear(nnx.Module):
 
 def apply_together(x: Float[Array, "batch length ..."], linears: Sequence[Linear]) -> list[Float[Array, "..."]]:
     """What each of `linears` makes of the same x; their gradients flow back into x together."""
-    kernels = [linear.kernel[...] for linear in linears]
-    ys = weight_einsums([linear.equation for linear in linears], x, kernels, [linear.kernel.axes for linear in linears])
+    kernels = [linear.kernel for linear in linears]
+    axes, names = [kernel.axes for kernel in kernels], [name_of(kernel) for kernel in kernels]
+    ys = weight_einsums([linear.equation for linear in linears], x, [kernel[...] for kernel in kernels], axes, names)
     return [checkpoint_name(_with_bias(linear, y), "linear") for linear, y in zip(linears, ys, strict=True)]
 
 
@@ -52,4 +54,5 @@ def _with_bias(linear: Linear, y: Array) -> Array:
     if linear.bias is None:
         return y
     # In float32, so that the gradient, a sum over all tokens, is summed in float32 too.
-    return (y.astype(jnp.float32) + small_weight(linear.bias[...], linear.bias.axes)).astype(y.dtype)
+    bias = small_weight(linear.bias[...], linear.bias.axes, name_of(linear.bias))
+    return (y.astype(jnp.float32) + bias).astype(y.dtype)

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.layout.weights import small_weight
 from jaxllm.model.config import ModelConfig
+from jaxllm.model.names import name_of
 
 
 class Norm(nnx.Module):
@@ -24,7 +25,7 @@ class Norm(nnx.Module):
         if self.is_layernorm:
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.epsilon)
-        y = y * small_weight(self.scale[...], self.scale.axes)
+        y = y * small_weight(self.scale[...], self.scale.axes, name_of(self.scale))
         if self.bias is not None:
-            y = y + small_weight(self.bias[...], self.bias.axes)
+            y = y + small_weight(self.bias[...], self.bias.axes, name_of(self.bias))
         return y.astype(x.dtype)

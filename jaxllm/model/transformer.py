@@ -14,6 +14,7 @@ from jaxllm.model.config import ModelConfig
 from jaxllm.model.dropout import DropoutKey, dropout
 from jaxllm.model.head import Head, Table
 from jaxllm.model.mlp import MLP
+from jaxllm.model.names import name_of, name_parameters
 from jaxllm.model.norms import Norm
 from jaxllm.model.positions import Rotation, rotation
 
@@ -81,6 +82,7 @@ class Transformer(nnx.Module):
         self.layers = _stacked_blocks(config, rngs)
         self.final_norm = Norm(config)
         self.output = None if config.tied_head else Table(config, rngs=rngs)
+        name_parameters(self)
 
     @property
     def head(self) -> Head:
@@ -144,7 +146,9 @@ class Transformer(nnx.Module):
         dtype = self.layers.attention.query.kernel.dtype
         x = self.embedding(tokens, dtype)
         if self.position_embedding is not None:
-            table = small_weight(self.position_embedding[...], self.position_embedding.axes)
+            table = small_weight(
+                self.position_embedding[...], self.position_embedding.axes, name_of(self.position_embedding)
+            )
             x = x + table[positions].astype(dtype)
         x = dropout(reshard(x, RESIDUAL, WHOLE), self.config.dropout, stream.fold("embedding") if stream else None)
         turned = self.config.positions == "rope"

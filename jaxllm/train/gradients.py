@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from jaxllm.layout import zero
 from jaxllm.layout.layout import Layout, constrain, current_layout, pin, use_layout
 from jaxllm.layout.pipeline import run_pipeline
+from jaxllm.layout.scope import map_named
 from jaxllm.layout.vocabulary import weight_dtype
 from jaxllm.model.head import Loss
 
@@ -60,14 +61,16 @@ def loss_and_gradients(
             accumulate=accumulate,
             scale=scale,
         )
-        return Gradients(summed.total, summed.weight, _map(lambda g, a: _final(layout, g, a), summed.gradients, axes))
-    weights = _map(lambda w, a: zero.gather_for_step(layout, w, a, weight_dtype(a, compute)), params, axes)
+        return Gradients(
+            summed.total, summed.weight, map_named(lambda g, a: _final(layout, g, a), summed.gradients, axes)
+        )
+    weights = map_named(lambda w, a: zero.gather_for_step(layout, w, a, weight_dtype(a, compute)), params, axes)
     microbatches = jax.tree.map(lambda x: _split(x, num_microbatches), batch)
     once = _reduced_once(layout, params, axes)
     local = run = partial(_accumulate, layout and layout.inside(*once), loss, axes, accumulate)
     if once:
         run = jax.shard_map(
-            lambda *arguments: jax.lax.psum(local(*arguments), once),
+            lambda *arguments: _sum(once, local(*arguments), axes),
             mesh=layout.mesh,
             in_specs=(P(), P(None, once), P()),
             out_specs=P(),
@@ -75,14 +78,19 @@ def loss_and_gradients(
             check_vma=False,
         )
     summed = run(weights, microbatches, jnp.asarray(scale, jnp.float32))
-    return summed._replace(gradients=_map(lambda g, a: _final(layout, g, a), summed.gradients, axes))
+    return summed._replace(gradients=map_named(lambda g, a: _final(layout, g, a), summed.gradients, axes))
+
+
+def _sum(mesh_axes: tuple[str, ...], sums: Gradients, axes: Tree) -> Gradients:
+    total, weight = jax.lax.psum((sums.total, sums.weight), mesh_axes)
+    return Gradients(total, weight, map_named(lambda g, _: jax.lax.psum(g, mesh_axes), sums.gradients, axes))
 
 
 def _reduced_once(layout: Layout | None, params: Tree, axes: Tree) -> tuple[str, ...]:
     if layout is None:
         return ()
     return zero.reduced_once(
-        layout, jax.tree.leaves(_map(lambda w, a: zero.step_spec(layout, a, w.shape), params, axes))
+        layout, jax.tree.leaves(map_named(lambda w, a: zero.step_spec(layout, a, w.shape), params, axes))
     )
 
 
@@ -97,13 +105,13 @@ def _accumulate(
 
     def one(microbatch: Tree) -> Gradients:
         gradients, result = jax.grad(scaled, has_aux=True)(weights, microbatch)
-        gradients = _map(lambda g, a: _accumulator(layout, g.astype(dtype), a), gradients, axes)
+        gradients = map_named(lambda g, a: _accumulator(layout, g.astype(dtype), a), gradients, axes)
         return Gradients(result.total, result.weight, gradients)
 
     with use_layout(layout) if layout is not None else contextlib.nullcontext():
         if jax.tree.leaves(microbatches)[0].shape[0] == 1:
             return one(jax.tree.map(lambda x: x[0], microbatches))
-        zeros = _map(lambda w, a: _accumulator(layout, jnp.zeros(w.shape, dtype), a), weights, axes)
+        zeros = map_named(lambda w, a: _accumulator(layout, jnp.zeros(w.shape, dtype), a), weights, axes)
         start = Gradients(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32), zeros)
         summed, _ = jax.lax.scan(lambda sums, m: (jax.tree.map(jnp.add, sums, one(m)), None), start, microbatches)
     return summed
@@ -115,7 +123,7 @@ def summed_loss(
     """The summed loss of a batch and its weight, without gradients; a pipeline takes its microbatches in turn."""
     layout = current_layout()
     if layout is None or layout.num_stages == 1:
-        return tuple(loss(_map(lambda w, a: zero.gather_for_step(layout, w, a, compute), params, axes), batch))
+        return tuple(loss(map_named(lambda w, a: zero.gather_for_step(layout, w, a, compute), params, axes), batch))
     fill = {"num_microbatches": layout.num_microbatches, "schedule": "forward_only"}
     summed = run_pipeline(layout, loss, params, axes, batch, compute=compute, **fill)
     return summed.total, summed.weight
@@ -133,8 +141,3 @@ def _accumulator(layout: Layout | None, g: Array, axes: tuple[str, ...]) -> Arra
 def _final(layout: Layout | None, g: Array, axes: tuple[str, ...]) -> Array:
     g = g.astype(jnp.float32)
     return g if layout is None else pin(g, layout, zero.state_spec(layout, axes, g.shape))
-
-
-def _map(f: Callable[[Array, tuple[str, ...]], Array], tree: Tree, axes: Tree) -> Tree:
-    """`f` on each leaf and its logical axes, a tuple."""
-    return jax.tree.map(f, tree, axes)

@@ -1,0 +1,54 @@
+"""Names that travel with the work: a tensor and its logical axes, in the name of every operation done for it.
+
+XLA carries the name of a JAX scope through partitioning, fusion and the backward pass. So a profile, the partitioner's
+warnings and `jaxllm explain` can say which tensor an operation of the compiled program is about.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import jax
+
+Axes = tuple[str | None, ...]
+
+
+class Scope(NamedTuple):
+    """One named scope of an operation."""
+
+    tensor: str  # path of a parameter, several joined by "+", or "" for an activation
+    axes: tuple[str, ...]  # logical axes
+
+
+def tensor_scope(tensor: str | Sequence[str], *axes: Axes) -> AbstractContextManager:
+    """A `jax.named_scope` "layers.attention.out.kernel[heads,head_dim,embed]".
+
+    Args:
+      tensor: path of a parameter, or of several that are used together.
+      axes: their logical axes.
+    """
+    name = tensor if isinstance(tensor, str) else "+".join(tensor)
+    every = dict.fromkeys(axis for one in axes for axis in one if axis)
+    return jax.named_scope(f"{name}[{','.join(every)}]")
+
+
+def map_named(f: Callable[..., Any], tree: Any, axes: Any) -> Any:
+    """`f(leaf, its logical axes)` on each leaf of a tree of parameters, in the scope of that parameter."""
+
+    def named(path, leaf, leaf_axes):
+        with tensor_scope(path_name(path), leaf_axes):
+            return f(leaf, leaf_axes)
+
+    return jax.tree_util.tree_map_with_path(named, tree, axes)
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A leaf's path in a nested dict as messages write it: "layers.attention.query.kernel"."""
+    return ".".join(str(key.key) for key in path)
+
+
+def scopes(op_name: str) -> list[Scope]:
+    """The scopes in the name of an operation, innermost first."""
+    found = re.findall(r"([\w.+]*)\[([a-z_,]*)\](?=[/)]|$)", op_name)
+    return [Scope(tensor, tuple(filter(None, axes.split(",")))) for tensor, axes in reversed(found)]
