@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
 _OPERATION = re.compile(rf"= (?P<shapes>.*?) (?P<kind>{'|'.join(KINDS)})(?:-start)?\(")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+_METADATA = re.compile(r'metadata=\{[^"]*op_name="(?P<name>[^"]*)"(?:[^"}]*?stack_frame_id=(?P<frame>\d+))?')
 
 
 class Collective(NamedTuple):
@@ -22,6 +24,7 @@ class Collective(NamedTuple):
     mesh_axes: tuple[str, ...]  # along which it communicates
     runs: int  # times a step: the trip counts of the loops around it
     source: str  # the JAX operation it comes from
+    frame: int = 0  # its stack frame in the tables at the head of the text; 0 where XLA keeps none
 
 
 def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
@@ -35,13 +38,44 @@ def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
     for computation, line in _lines(hlo):
         if match := _OPERATION.search(line):
             axes = _mesh_axes(line, mesh)
-            source = re.search(r'op_name="([^"]*)"', line)
-            for dtype, dims in _SHAPE.findall(match["shapes"]):
+            shapes = _SHAPE.findall(match["shapes"])
+            named = _METADATA.search(line)
+            names = _parts(named["name"], len(shapes)) if named else [""] * len(shapes)
+            frame = int(named["frame"] or 0) if named else 0
+            for i, ((dtype, dims), name) in enumerate(zip(shapes, names, strict=True)):
                 shape = tuple(int(size) for size in dims.split(",") if size)
                 size = math.prod(shape) * DTYPE_BYTES[dtype]
-                name = source[1] if source else ""
-                found.append(Collective(match["kind"], shape, size, axes, runs.get(computation, 1), name))
+                # What XLA has combined keeps the name of each part, but the frame of the first only.
+                ours = frame if name == names[0] or i == 0 else 0
+                found.append(Collective(match["kind"], shape, size, axes, runs.get(computation, 1), name, ours))
     return found
+
+
+def metadata(hlo: str) -> Iterator[tuple[str, int]]:
+    """(name, stack frame or 0) of each operation that has a name."""
+    for match in _METADATA.finditer(hlo):
+        yield match["name"], int(match["frame"] or 0)
+
+
+def _parts(name: str, number: int) -> list[str]:
+    """The names of the `number` operations that XLA has combined into one: "step/(a/dot:b/dot)" is two."""
+    names = _expand(name)
+    return names if len(names) == number else [name] * number
+
+
+def _expand(name: str) -> list[str]:
+    start = next((i for i, char in enumerate(name) if char == "(" and name[i - 1 : i] in ("", "/")), None)
+    if start is None:
+        return [name]
+    depth, pieces, begin = 0, [], start + 1
+    for i in range(start, len(name)):
+        depth += {"(": 1, ")": -1}.get(name[i], 0)
+        if (name[i] == ":" and depth == 1) or depth == 0:
+            pieces.append(name[begin:i])
+            begin = i + 1
+        if depth == 0:
+            return [name[:start] + inner + name[i + 1 :] for piece in pieces for inner in _expand(piece)]
+    return [name]
 
 
 def _lines(hlo: str):

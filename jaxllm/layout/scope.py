@@ -43,6 +43,17 @@ def map_named(f: Callable[..., Any], tree: Any, axes: Any) -> Any:
     return jax.tree_util.tree_map_with_path(named, tree, axes)
 
 
+def map_leaves(f: Callable[..., Any], tree: Any, axes: Any) -> dict[str, Any]:
+    """Path of each parameter -> `f(leaf, its logical axes)`."""
+    found: dict[str, Any] = {}
+
+    def visit(path, leaf, leaf_axes):
+        found[path_name(path)] = f(leaf, leaf_axes)
+
+    jax.tree_util.tree_map_with_path(visit, tree, axes)
+    return found
+
+
 def path_name(path: Sequence[Any]) -> str:
     """A leaf's path in a nested dict as messages write it: "layers.attention.query.kernel"."""
     return ".".join(str(key.key) for key in path)

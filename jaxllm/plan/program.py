@@ -1,0 +1,116 @@
+"""The train step of a config as a compiled program, without data, without numbers and without the memory for them."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import NamedSharding
+
+from jaxllm.data.batch import Batch
+from jaxllm.data.tokenizer import load_tokenizer
+from jaxllm.data.tokenizer_training import parse_tokenizer
+from jaxllm.errors import UserError
+from jaxllm.layout.hlo_source import Tensor
+from jaxllm.layout.layout import Layout, make_layout
+from jaxllm.layout.scope import map_leaves
+from jaxllm.model.spec import ACTIVATIONS, ModelSpec, model_spec
+from jaxllm.steps import STEPS
+from jaxllm.train.config import Config
+from jaxllm.train.optimizer import make_optimizer, make_schedule
+from jaxllm.train.state import TrainState, abstract_state
+from jaxllm.train.train_step import make_train_step
+
+
+class _Fields(NamedTuple):
+    config: Config  # its model resolved
+    spec: ModelSpec
+    layout: Layout
+    state: TrainState  # jax.ShapeDtypeStruct with shardings
+    batch: Batch
+
+
+class Program(_Fields):
+    """What a train step is made of, and the step itself."""
+
+    @cached_property
+    def lowered(self) -> jax.stages.Lowered:
+        """The train step, lowered for abstract arguments."""
+        config = self.config
+        optimizer, schedule = _optimizer(config, self.spec), make_schedule(config.optimizer, config.train.steps)
+        step = make_train_step(STEPS[config.train_step], self.spec, optimizer, schedule, config, self.layout)
+        return step.trace(self.state, self.batch).lower()
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Each parameter by its path."""
+        return parameters(self.spec)
+
+    @property
+    def activations(self) -> dict[str, Tensor]:
+        """The main activations of one microbatch, whole, by name."""
+        batch, length = self.batch.tokens.shape
+        model, rows = self.config.model, batch // self.layout.num_microbatches
+        sizes = {
+            "batch": rows,
+            "length": length,
+            "residual_length": length,
+            "embed": model.embed_dim,
+            "heads": model.num_heads,
+            "kv_heads": model.num_kv_heads,
+            "head_dim": model.head_dim,
+            "mlp": model.mlp_dim,
+            "vocab": model.vocab_size,
+        }
+        return {name: Tensor(axes, tuple(sizes[axis] for axis in axes)) for name, axes in ACTIVATIONS.items()}
+
+
+def parameters(spec: ModelSpec) -> dict[str, Tensor]:
+    """Each parameter of a model by its path, with its logical axes."""
+    return map_leaves(lambda shape, axes: Tensor(axes, shape.shape), spec.shapes, spec.axes)
+
+
+def make_program(config: Config, devices: Sequence[jax.Device] | None = None) -> Program:
+    """The train step of `config` on `devices` (default: all); nothing is traced yet.
+
+    Raises:
+      UserError: a model whose vocabulary is that of a tokenizer which is not there.
+    """
+    model = config.model.resolved(0 if config.model.vocab_size else _vocab_size(config))
+    spec = model_spec(model)
+    layout = make_layout(
+        config.mesh, config.layout, reduce_dtype=config.precision.gradients, devices=devices and list(devices)
+    )
+    state = abstract_state(spec, _optimizer(config, spec), layout, config.precision.compute)
+    return Program(dataclasses.replace(config, model=model), spec, layout, state, _batch(config, layout))
+
+
+def lower_train_step(config: Config, devices: Sequence[jax.Device] | None = None) -> jax.stages.Lowered:
+    """The train step of `config`, lowered for abstract arguments on `devices` (default all). Raises: `make_program`."""
+    return make_program(config, devices).lowered
+
+
+def _optimizer(config: Config, spec: ModelSpec) -> Any:
+    return make_optimizer(config.optimizer, config.train.steps, spec.axes)
+
+
+def _batch(config: Config, layout: Layout) -> Batch:
+    place = NamedSharding(layout.mesh, layout.spec(("batch", "length")))
+    shape = (config.data.batch_size, config.data.length or config.model.max_length)
+    int32, boolean = (jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in ("int32", "bool"))
+    return Batch(int32, int32, int32, boolean)
+
+
+def _vocab_size(config: Config) -> int:
+    """As many as the tokenizer has: those of its file, or as many as it will be trained for."""
+    trained = parse_tokenizer(config.data.tokenizer)
+    if trained:
+        return trained[1]
+    try:
+        return load_tokenizer(config.data.tokenizer).vocab_size
+    except UserError as error:
+        raise UserError(
+            f"config.model.vocab_size=0 is that of the tokenizer, which cannot be read: {error}\n"
+            "Say it instead: --config.model.vocab_size=N."
+        ) from None
