@@ -27,14 +27,19 @@ class Collective(NamedTuple):
     frame: int = 0  # its stack frame in the tables at the head of the text; 0 where XLA keeps none
 
 
-def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
+def collectives(hlo: str, mesh: Mesh, branch_runs: int = 0) -> list[Collective]:
     """The collectives of a compiled program: `compiled.as_text()` of `jax.stages.Compiled`.
 
     XLA's CPU backend has no pass that makes a reduce-scatter of an all-reduce whose result is sliced, so on CPU what
     the partitioner reduces and scatters is counted as all-reduce.
+
+    Args:
+      branch_runs: how often each branch of a switch in a loop is taken while the loop runs: a pipeline does each action
+        once a microbatch and virtual stage. What lies in a condition inside such a branch is counted as if it were
+        always taken, as on one of the stages it is. 0: as if the branch were taken once in all.
     """
     found = []
-    runs = _runs(hlo)
+    runs = _runs(hlo, branch_runs)
     for computation, line in _lines(hlo):
         if match := _OPERATION.search(line):
             axes = _mesh_axes(line, mesh)
@@ -88,19 +93,26 @@ def _lines(hlo: str):
             yield computation, line
 
 
-def _runs(hlo: str) -> dict[str, int]:
+def _runs(hlo: str, branch_runs: int) -> dict[str, int]:
     """How often each computation runs a step: the product of the trip counts of the loops it is in."""
-    callers = {}
+    callers, switches = {}, {}
     for computation, line in _lines(hlo):
         trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
         for callee in re.findall(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", line):
             callers[callee] = (computation, int(trips[1]) if trips and f"body=%{callee}" in line else 1)
+        if branches := branch_runs and re.search(r"branch_computations=\{([^}]*)\}", line):
+            switches |= dict.fromkeys(re.findall(r"[\w.\-]+", branches[1]), computation)
 
     def count(name: str) -> int:
+        if name in switches:
+            caller, trips = callers.get(switches[name], (None, 1))
+            if trips > 1:
+                return branch_runs * (count(caller) if caller else 1)
+            return count(switches[name])
         caller, trips = callers.get(name, (None, 1))
         return trips * (count(caller) if caller else 1)
 
-    return {name: count(name) for name in callers}
+    return {name: count(name) for name in callers | switches}
 
 
 def _mesh_axes(line: str, mesh: Mesh) -> tuple[str, ...]:

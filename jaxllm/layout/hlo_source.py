@@ -23,8 +23,9 @@ from jaxllm.layout.scope import Axes, scopes
 PACKAGE = Path(__file__).parents[1]
 ROOMS = ("model", "steps", "layout", "train")  # the nearest line in the first of these is the one a reader wants
 # Parts that are used in many places: of these, the line that uses them says more than their own.
-BUILDING_BLOCKS = ("model/linear.py", "model/norms.py", "model/dropout.py")
+BUILDING_BLOCKS = ("model/linear.py", "model/norms.py", "model/dropout.py", "layout/layout.py", "layout/scope.py")
 REDUCTIONS = ("all-reduce", "reduce-scatter")
+TOKENS = ("batch", "length", "residual_length")  # a weight's gradient is a sum over these
 
 
 class Tensor(NamedTuple):
@@ -97,7 +98,11 @@ class Source:
 
 
 def causes(
-    hlo: str, layout: Layout, parameters: Mapping[str, Tensor], activations: Mapping[str, Tensor]
+    hlo: str,
+    layout: Layout,
+    parameters: Mapping[str, Tensor],
+    activations: Mapping[str, Tensor],
+    branch_runs: int = 0,
 ) -> list[Cause]:
     """Each collective of a compiled program with what caused it.
 
@@ -105,9 +110,10 @@ def causes(
       hlo: `compiled.as_text()`.
       layout: the one it was compiled for.
       parameters, activations: by path and by name; activations are those of one microbatch, whole.
+      branch_runs: as `collectives` takes it.
     """
     source = Source(hlo)
-    return [_cause(c, source, layout, parameters, activations) for c in collectives(hlo, layout.mesh)]
+    return [_cause(c, source, layout, parameters, activations) for c in collectives(hlo, layout.mesh, branch_runs)]
 
 
 def _cause(c: Collective, source: Source, layout: Layout, parameters, activations) -> Cause:
@@ -130,15 +136,15 @@ def _by_scope(mesh_axis: str, c: Collective, named: list[Axes], has_weight: bool
     """The axes of the innermost scope that the rules split over this mesh axis.
 
     Where a weight has none, what is gathered of it is state that ZeRO has spread, and what is summed, its gradient over
-    the rows of the batch.
+    tokens.
     """
     for axes in named:
         split = [axis for axis in axes if mesh_axis in layout.mesh_axes(axis)]
         if split:
             return split
-    if has_weight and c.kind in REDUCTIONS and mesh_axis in layout.mesh_axes("batch"):
-        return ["batch"]
-    if has_weight and c.kind not in REDUCTIONS and mesh_axis in layout.mesh_axes("state"):
+    if has_weight and c.kind in REDUCTIONS:
+        return [axis for axis in TOKENS if mesh_axis in layout.mesh_axes(axis)][:1]
+    if has_weight and mesh_axis in layout.mesh_axes("state"):
         return ["state"]
     return []
 

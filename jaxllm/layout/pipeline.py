@@ -181,7 +181,8 @@ class _Executor:
 
             end, _ = jax.lax.scan(tick, start, [jnp.asarray(column, jnp.int32) for column in columns])
             everywhere = ("pipeline", *self.once)
-            total, weight = jax.lax.psum((end.total, end.weight), everywhere)
+            with tensor_scope("loss", ("batch", "length", "layers")):
+                total, weight = jax.lax.psum((end.total, end.weight), everywhere)
             gradients = end.weight_gradients
             if gradients is not None:
                 gradients = self.each(

@@ -44,7 +44,7 @@ def weight_einsums(
 
 def _named_einsum(layout: Layout | None, equation: str, axes: Axes, name: str, w: Array, *, x: Array) -> Array:
     with tensor_scope(name, axes):
-        return _einsum(layout, equation, axes, x, w)
+        return _einsum(layout, equation, axes, name, x, w)
 
 
 def _parts(layout: Layout | None, w: Array, axes: Axes) -> int:
@@ -53,19 +53,19 @@ def _parts(layout: Layout | None, w: Array, axes: Axes) -> int:
     return parts if w.shape[1] % parts == 0 else 1
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _einsum(layout: Layout | None, equation: str, axes: Axes, x: Array, w: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _einsum(layout: Layout | None, equation: str, axes: Axes, name: str, x: Array, w: Array) -> Array:
     return jnp.einsum(equation, x, zero.gather_for_use(layout, w, axes).astype(x.dtype))
 
 
-def _einsum_forward(layout, equation, axes, x, w):
-    return _einsum(layout, equation, axes, x, w), (x, w)
+def _einsum_forward(layout, equation, axes, name, x, w):
+    return _einsum(layout, equation, axes, name, x, w), (x, w)
 
 
-def _einsum_backward(layout, equation, axes, residuals, dy):
+def _einsum_backward(layout, equation, axes, name, residuals, dy):
     x, w = residuals
     left, right, output = equation.replace("->", ",").split(",")
-    (whole,), dy = _gather_again(layout, (axes,), (w,), dy)
+    (whole,), dy = _gather_again(layout, (axes,), (name,), (w,), dy)
     dx = jnp.einsum(f"{output},{right}->{left}", dy, whole)
     dw = _weight_gradient(layout, left, output, right, x, dy)
     return dx.astype(x.dtype), zero.reduce_gradient(layout, dw, axes, w.dtype)
@@ -95,7 +95,7 @@ def _joint_forward(layout, parts, axes, names, x, weights):
 
 def _joint_backward(layout, parts, axes, names, residuals, gradients):
     x, weights = residuals
-    whole, gradients = _gather_again(layout, axes, weights, gradients)
+    whole, gradients = _gather_again(layout, axes, names, weights, gradients)
     dy = jnp.concatenate([g.reshape(*g.shape[:2], parts, -1) for g in gradients], axis=3)
     dx = jnp.einsum("btnc,dnc->btd", dy, _side_by_side(whole, parts))
     if layout is None:
@@ -125,14 +125,18 @@ def _column_offsets(weights: Sequence[Array], parts: int) -> list[int]:
     return list(itertools.accumulate(math.prod(w.shape[1:]) // parts for w in weights))[:-1]
 
 
-def _gather_again(layout, axes, weights, gradients):
+def _gather_again(layout, axes, names, weights, gradients):
     """The weights whole, in the dtype of the gradients; where ZeRO 3 dropped them, gathered a second time."""
     if layout is not None and any(
         zero.is_gathered_at_use(layout, a, w.shape) for w, a in zip(weights, axes, strict=True)
     ):
         weights, gradients = zero.barrier(weights, gradients)
     dtype = jax.tree.leaves(gradients)[0].dtype
-    return [zero.gather_for_use(layout, w, a).astype(dtype) for w, a in zip(weights, axes, strict=True)], gradients
+    whole = []
+    for w, a, name in zip(weights, axes, names, strict=True):
+        with tensor_scope(name, a):
+            whole.append(zero.gather_for_use(layout, w, a).astype(dtype))
+    return whole, gradients
 
 
 def _weight_gradient(layout: Layout | None, left: str, output: str, right: str, x: Array, dy: Array) -> Array:
@@ -148,10 +152,9 @@ def _weight_gradient(layout: Layout | None, left: str, output: str, right: str, 
     return jnp.einsum(f"{left},{output}->{right}", x, dy, preferred_element_type=dtype)
 
 
-def small_weight(w: Float[Array, "..."], axes: Axes, name: str) -> Float[Array, "..."]:
-    """A bias or a norm's scale of path `name`, in float32: gathered where it is not whole, its gradient reduced."""
-    with tensor_scope(name, axes):
-        return _small(current_layout(), axes, w.dtype.name, w)
+def small_weight(w: Float[Array, "..."], axes: Axes) -> Float[Array, "..."]:
+    """A bias or a norm's scale, in float32: gathered where it is not whole, its gradient reduced."""
+    return _small(current_layout(), axes, w.dtype.name, w)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

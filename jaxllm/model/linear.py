@@ -8,6 +8,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from jaxllm.layout.scope import tensor_scope
 from jaxllm.layout.weights import small_weight, weight_einsums
 from jaxllm.model.names import name_of
 
@@ -54,5 +55,5 @@ def _with_bias(linear: Linear, y: Array) -> Array:
     if linear.bias is None:
         return y
     # In float32, so that the gradient, a sum over all tokens, is summed in float32 too.
-    bias = small_weight(linear.bias[...], linear.bias.axes, name_of(linear.bias))
-    return (y.astype(jnp.float32) + bias).astype(y.dtype)
+    with tensor_scope(name_of(linear.bias), linear.bias.axes):
+        return (y.astype(jnp.float32) + small_weight(linear.bias[...], linear.bias.axes)).astype(y.dtype)

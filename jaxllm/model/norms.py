@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxllm.layout.scope import tensor_scope
 from jaxllm.layout.weights import small_weight
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.names import name_of
@@ -25,7 +26,9 @@ class Norm(nnx.Module):
         if self.is_layernorm:
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.epsilon)
-        y = y * small_weight(self.scale[...], self.scale.axes, name_of(self.scale))
+        with tensor_scope(name_of(self.scale), self.scale.axes):
+            y = y * small_weight(self.scale[...], self.scale.axes)
         if self.bias is not None:
-            y = y + small_weight(self.bias[...], self.bias.axes, name_of(self.bias))
+            with tensor_scope(name_of(self.bias), self.bias.axes):
+                y = y + small_weight(self.bias[...], self.bias.axes)
         return y.astype(x.dtype)

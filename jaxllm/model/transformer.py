@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.layout.layers import run_layers
 from jaxllm.layout.layout import reshard
+from jaxllm.layout.scope import tensor_scope
 from jaxllm.layout.weights import small_weight
 from jaxllm.model.attention import Attention, CacheSlots, LayerCache
 from jaxllm.model.cache import KVCache
@@ -146,10 +147,9 @@ class Transformer(nnx.Module):
         dtype = self.layers.attention.query.kernel.dtype
         x = self.embedding(tokens, dtype)
         if self.position_embedding is not None:
-            table = small_weight(
-                self.position_embedding[...], self.position_embedding.axes, name_of(self.position_embedding)
-            )
-            x = x + table[positions].astype(dtype)
+            table = self.position_embedding
+            with tensor_scope(name_of(table), table.axes):
+                x = x + small_weight(table[...], table.axes)[positions].astype(dtype)
         x = dropout(reshard(x, RESIDUAL, WHOLE), self.config.dropout, stream.fold("embedding") if stream else None)
         turned = self.config.positions == "rope"
         return x, rotation(positions, self.config.head_dim, self.config.rope_theta) if turned else None

@@ -65,6 +65,12 @@ class Program(_Fields):
         }
         return {name: Tensor(axes, tuple(sizes[axis] for axis in axes)) for name, axes in ACTIVATIONS.items()}
 
+    @property
+    def branch_runs(self) -> int:
+        """How often a stage of a pipeline does each of its actions; 0 without a pipeline."""
+        layout = self.layout
+        return layout.num_microbatches * layout.virtual_stages if layout.num_stages > 1 else 0
+
 
 def parameters(spec: ModelSpec) -> dict[str, Tensor]:
     """Each parameter of a model by its path, with its logical axes."""

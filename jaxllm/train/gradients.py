@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from jaxllm.layout import zero
 from jaxllm.layout.layout import Layout, constrain, current_layout, pin, use_layout
 from jaxllm.layout.pipeline import run_pipeline
-from jaxllm.layout.scope import map_named
+from jaxllm.layout.scope import map_named, tensor_scope
 from jaxllm.layout.vocabulary import weight_dtype
 from jaxllm.model.head import Loss
 
@@ -82,7 +82,8 @@ def loss_and_gradients(
 
 
 def _sum(mesh_axes: tuple[str, ...], sums: Gradients, axes: Tree) -> Gradients:
-    total, weight = jax.lax.psum((sums.total, sums.weight), mesh_axes)
+    with tensor_scope("loss", ("batch", "length")):
+        total, weight = jax.lax.psum((sums.total, sums.weight), mesh_axes)
     return Gradients(total, weight, map_named(lambda g, _: jax.lax.psum(g, mesh_axes), sums.gradients, axes))
 
 

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxllm.layout.layout import Layout, as_dtype, use_layout
+from jaxllm.layout.scope import tensor_scope
 from jaxllm.model.dropout import dropout_key
 from jaxllm.model.spec import ModelSpec, model_spec
 from jaxllm.steps.step import TrainStep
@@ -60,7 +61,10 @@ def make_train_step(
         )
         weight = jnp.maximum(summed.weight, 1)
         gradients = jax.tree.map(lambda g: g * (tokens / (weight * state.loss_scale)), summed.gradients)
-        norm = optax.tree.norm(gradients)
+        with tensor_scope(
+            "gradient_norm", *jax.tree.leaves(spec.axes, is_leaf=lambda a: isinstance(a, tuple)), ("state",)
+        ):
+            norm = optax.tree.norm(gradients)
         new = _update(optimizer, config.optimizer.clip_norm, state, gradients, norm)
         if compute == jnp.float16:
             new = _rescale(state, new, jnp.isfinite(norm))
