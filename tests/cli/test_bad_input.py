@@ -128,7 +128,7 @@ LAYOUTS = {  # on 8 devices
     "not the devices": ("mesh.model=3", "does not divide the 8 devices"),
     "two -1": ("mesh.model=-1", "only one axis may be -1"),
     "size 0": ("mesh.model=0", "config.mesh.model=0 must be 1 or more, or -1"),
-    "pipeline": ("mesh.pipeline=2", "config.mesh.pipeline=2: this version splits over replica, data and model only"),
+    "pipeline": ("mesh.pipeline=8", "num_layers=2 is less than the 8 stages of the pipeline"),
     "heads and model": (
         "mesh.model=8",
         "not divisible by config.mesh.model=8, which splits heads. Nearest: num_heads=8; or config.mesh.model=4.",
