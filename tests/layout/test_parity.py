@@ -53,10 +53,10 @@ def test_a_vocabulary_that_does_not_divide(shape):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"remat": "full"}, {"remat": "selective"}, {"scan_layers": False}, {"rules": "fsdp"}],
+    [{"remat": "full"}, {"remat": "selective"}, {"scan_layers": False}, {"rules": "fsdp"}, {"rules": "2d"}],
     ids=lambda fields: "{}={}".format(*next(iter(fields.items()))),
 )
-def test_remat_unrolled_layers_and_fsdp(fields):
+def test_remat_unrolled_layers_and_rule_sets(fields):
     layout = Shape(1, 2, 2, zero_stage=3, sequence_parallel=True, num_microbatches=2).layout(**fields)
     np.testing.assert_allclose(run(LLAMA, layout), reference(LLAMA), rtol=1e-5)
 
