@@ -1,7 +1,6 @@
 """Something of the user's own, named in the config as FILE.py:NAME: a schedule, a table of rules."""
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar

@@ -124,7 +124,7 @@ def _check_row(logical: str, mesh_axes: MeshAxes, source: str = "") -> None:
     if logical not in LOGICAL_AXES:
         raise UserError(f"layout rule '{logical}': no such logical axis. {did_you_mean(logical, LOGICAL_AXES)}")
     if not isinstance(mesh_axes, str | tuple | list | None):
-        raise UserError(f"{source}layout rule '{logical}={mesh_axes!r}' must be a mesh axis, several in a tuple, or None.")
+        raise UserError(f"{source}layout rule '{logical}={mesh_axes!r}' must be a mesh axis, a tuple of them, or None.")
     named = (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes or ())
     for axis in named:
         if axis not in AXES:

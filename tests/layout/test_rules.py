@@ -175,7 +175,7 @@ def test_a_table_of_the_users_own(tmp_path):
     assert parallel.mesh_axes("residual_length") == ("context", "model")
     assert make_rules(f"{file}:wide").mesh_axes("residual_embed") == ("model",)
     for name, says in {
-        "number": "mine.py:number: layout rule 'mlp=3' must be a mesh axis, several in a tuple, or None",
+        "number": "mine.py:number: layout rule 'mlp=3' must be a mesh axis, a tuple of them, or None",
         "misspelt": "mine.py:misspelt: layout rule 'mlp=modle': no such mesh axis. Did you mean 'model'",
         "misspelt_row": r"mine.py:13: TypeError: .* unexpected keyword argument 'mpl'",
         "nothing": r"mine.py:nothing returned None. It must return a Rules \(jaxllm.layout.rules\)",
