@@ -32,7 +32,7 @@ class Failure(NamedTuple):
 
 
 def measure(config: Config, num_devices: int, steps: int = 3) -> Measurement:
-    """Compiles the train step of `config` for the first `num_devices` devices and times `steps` steps after one more."""
+    """Compiles the train step of `config` for the first `num_devices` devices; times `steps` steps after one more."""
     import jax
 
     from jaxllm.layout.layout import make_layout
