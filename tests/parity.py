@@ -15,6 +15,7 @@ import itertools
 import random
 import sys
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 from unittest import mock
 
@@ -92,14 +93,23 @@ def all_cases() -> tuple[Case, ...]:
 
 
 def draw(number: int, seed: int) -> list[Case]:
-    """Cases taken at random, in turn from each combination of model, schedule and context attention."""
+    """Cases taken at random, in turn from each combination of model, schedule and context attention.
+
+    From a combination the ZeRO stages are taken in turn, from another stage on than in the combination before.
+    """
     shuffled = list(all_cases())
     random.Random(seed).shuffle(shuffled)
-    groups: dict[tuple, list[Case]] = {}
+    groups: dict[tuple, list[list[Case]]] = {}
     for case in shuffled:
-        groups.setdefault((case.model, case.schedule, case.context_attention), []).append(case)
-    rounds = itertools.zip_longest(*(groups[key] for key in sorted(groups)))
-    return [case for case in itertools.chain.from_iterable(rounds) if case is not None][:number]
+        stages = groups.setdefault((case.model, case.schedule, case.context_attention), [[], [], [], []])
+        stages[case.config.layout.zero_stage].append(case)
+    rotated = [groups[key][i % 4 :] + groups[key][: i % 4] for i, key in enumerate(sorted(groups))]
+    return _in_turn([_in_turn(stages) for stages in rotated])[:number]
+
+
+def _in_turn(lists: Sequence[Sequence[Case]]) -> list[Case]:
+    """The first of each list, the second of each, and so on."""
+    return [case for cases in itertools.zip_longest(*lists) for case in cases if case is not None]
 
 
 @functools.cache
