@@ -29,7 +29,6 @@ from jaxllm.layout import zero
 from jaxllm.layout.config import LayoutConfig, MeshConfig
 from jaxllm.layout.layout import make_layout
 from jaxllm.layout.mesh import AXES
-from jaxllm.layout.schedules import SCHEDULES
 from jaxllm.plan.layouts import flags, legal_layouts, variations
 from jaxllm.train.config import Config
 from tests.layout.runs import BATCH, GPT2, LEARNING_RATE, LENGTH, LLAMA, Trained, train
@@ -87,7 +86,7 @@ def all_cases() -> tuple[Case, ...]:
     with smallest_gathered():
         for name, model in MODELS.items():
             base = Config(model=model, data=DataConfig(batch_size=BATCH, length=LENGTH))
-            vary = variations(base, DEVICES, VARIED) | {"num_microbatches": MICROBATCHES, "schedule": tuple(SCHEDULES)}
+            vary = variations(base, DEVICES, VARIED) | {"num_microbatches": MICROBATCHES}
             cases += [Case(name, config) for config in legal_layouts(base, DEVICES, vary)]
     return tuple(cases)
 

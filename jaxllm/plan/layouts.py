@@ -29,7 +29,7 @@ from jaxllm.train.state import bytes_per_device, new_state, place_state
 VARIED = ("mesh", "zero_stage", "sequence_parallel", "schedule")
 _MESH_AXES = ("pipeline", "replica", "data", "context", "model")  # those that a factorisation deals devices to
 
-# What a field may be, for a config: its own value is tried first, whether it is among these or not.
+# What a field may be, for a config.
 _CHOICES: dict[str, Callable[[Config], Sequence[Any]]] = {
     "zero_stage": lambda config: range(4),
     "sequence_parallel": lambda config: (False, True),
@@ -45,7 +45,7 @@ FIELDS = ("mesh", *_CHOICES)  # what can vary: "mesh" stands for all its axes, t
 
 
 def variations(config: Config, num_devices: int, fields: Sequence[str] = VARIED) -> dict[str, Sequence[Any]]:
-    """The values that each of `fields` takes in `candidates`: of the mesh a `MeshConfig` a factorisation.
+    """The values that each of `fields` takes in `candidates`, the config's own first; of the mesh all factorisations.
 
     Raises:
       UserError: a name that is not one of FIELDS.
@@ -54,7 +54,11 @@ def variations(config: Config, num_devices: int, fields: Sequence[str] = VARIED)
     for name in fields:
         if name not in FIELDS:
             raise UserError(f"--vary {name}: not a field that varies. {did_you_mean(name, FIELDS)}")
-        values[name] = _meshes(config.mesh, num_devices) if name == "mesh" else _CHOICES[name](config)
+        if name == "mesh":
+            values[name] = _meshes(config.mesh, num_devices)
+        else:
+            own = getattr(config.layout, name)
+            values[name] = [own, *(choice for choice in _CHOICES[name](config) if choice != own)]
     return values
 
 
@@ -62,18 +66,17 @@ def candidates(config: Config, num_devices: int, vary: Mapping[str, Sequence[Any
     """`config` under every combination of the values of `vary`, legal or not.
 
     Of those that make the same program (ZeRO stages with nothing to spread over, schedules without a pipeline, …) only
-    the first is there, and a config's own values come first. Where the schedule varies and `virtual_stages` does not,
+    the first is there. Where the schedule varies and `virtual_stages` does not,
     each schedule gets as many as it can have: `interleaved` the config's, at least 2, the others 1.
 
     Args:
       vary: default `variations(config, num_devices)`.
     """
     vary = variations(config, num_devices) if vary is None else vary
-    values = {name: _own_first(config, name, choices) for name, choices in vary.items()}
     weights = functools.cache(_weights)
     seen = set()
-    for combination in itertools.product(*values.values()):
-        fields = dict(zip(values, combination, strict=True))
+    for combination in itertools.product(*vary.values()):
+        fields = dict(zip(vary, combination, strict=True))
         mesh = fields.pop("mesh", config.mesh)
         if "schedule" in fields and "virtual_stages" not in fields:
             fields["virtual_stages"] = _virtual_stages(config.layout, fields["schedule"])
@@ -161,14 +164,6 @@ def _factorisations(number: int, parts: int) -> Iterator[tuple[int, ...]]:
 
 def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
-
-
-def _own_first(config: Config, name: str, choices: Sequence[Any]) -> list[Any]:
-    """`choices`, the config's own value first: where others make the same program, it is the one to keep."""
-    if name == "mesh":
-        return list(choices)
-    own = getattr(config.layout, name)
-    return [own, *(choice for choice in choices if choice != own)] if own in choices else list(choices)
 
 
 def _virtual_stages(layout: LayoutConfig, schedule: str) -> int:

@@ -11,8 +11,20 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+
+from jaxllm.data.batch import Batch
 from jaxllm.errors import UserError
+from jaxllm.layout.layout import Layout, make_layout
+from jaxllm.model.spec import model_spec
+from jaxllm.steps import STEPS
 from jaxllm.train.config import Config
+from jaxllm.train.optimizer import make_optimizer, make_schedule
+from jaxllm.train.state import init_state
+from jaxllm.train.train_step import make_train_step
+
+_HOST_DEVICES = "--xla_force_host_platform_device_count"
 
 
 class Measurement(NamedTuple):
@@ -33,15 +45,6 @@ class Failure(NamedTuple):
 
 def measure(config: Config, num_devices: int, steps: int = 3) -> Measurement:
     """Compiles the train step of `config` for the first `num_devices` devices; times `steps` steps after one more."""
-    import jax
-
-    from jaxllm.layout.layout import make_layout
-    from jaxllm.model.spec import model_spec
-    from jaxllm.steps import STEPS
-    from jaxllm.train.optimizer import make_optimizer, make_schedule
-    from jaxllm.train.state import init_state
-    from jaxllm.train.train_step import make_train_step
-
     devices = jax.devices()[:num_devices]
     layout = make_layout(config.mesh, config.layout, reduce_dtype=config.precision.gradients, devices=devices)
     spec = model_spec(config.model.resolved())
@@ -70,13 +73,8 @@ def measure(config: Config, num_devices: int, steps: int = 3) -> Measurement:
     )
 
 
-def synthetic_batch(config: Config, layout):
+def synthetic_batch(config: Config, layout: Layout) -> Batch:
     """Random tokens of the size of a step's batch, one document a row."""
-    import jax
-    import numpy as np
-
-    from jaxllm.data.batch import Batch
-
     shape = (config.data.batch_size, config.data.length or config.model.max_length)
     tokens = np.random.default_rng(config.seed).integers(0, config.model.vocab_size, shape).astype(np.int32)
     positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
@@ -109,8 +107,6 @@ def measure_all(
 
 def _devices_here() -> list[str]:
     """The platform of each device."""
-    import jax
-
     return [device.platform for device in jax.devices()]
 
 
@@ -160,6 +156,3 @@ def virtual_devices(num_devices: int) -> None:
     """Makes processes started from here see `num_devices` CPU devices. GPUs stay what they are."""
     before = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(_HOST_DEVICES)]
     os.environ["XLA_FLAGS"] = " ".join([*before, f"{_HOST_DEVICES}={num_devices}"])
-
-
-_HOST_DEVICES = "--xla_force_host_platform_device_count"

@@ -2,15 +2,25 @@
 
 import pytest
 
+from jaxllm.layout.config import LayoutConfig, MeshConfig
 from jaxllm.layout.mesh import AXES
 from jaxllm.layout.schedules import SCHEDULES
-from tests.parity import MICROBATCHES, MODELS, NUMBERS, PARAMS, all_cases, compare, differences, draw, reference
+from jaxllm.train.config import Config
+from tests.parity import MICROBATCHES, MODELS, NUMBERS, PARAMS, Case, all_cases, compare, differences, draw, reference
 
 CASES = draw(60, seed=0)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_layout_trains_to_the_numbers_of_one_device(case):
+    found = differences(case)
+    assert found.numbers <= NUMBERS and found.params <= PARAMS, found
+
+
+@pytest.mark.parametrize(("model", "rules"), [("gpt2", "2d"), ("llama", "2d"), ("llama", "fsdp")])
+def test_rule_sets_in_a_pipeline(model, rules):
+    layout = LayoutConfig(rules=rules, zero_stage=3, num_microbatches=4, schedule="zero_bubble")
+    case = Case(model, Config(mesh=MeshConfig(pipeline=2, data=2, model=2), layout=layout))
     found = differences(case)
     assert found.numbers <= NUMBERS and found.params <= PARAMS, found
 

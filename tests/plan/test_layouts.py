@@ -106,6 +106,14 @@ def test_legal_is_what_check_accepts():
     assert {c.layout.virtual_stages for c in legal_layouts(four, 8) if c.layout.schedule == "interleaved"} == {2}
 
 
+def test_something_of_the_users_own_is_among_the_choices(tmp_path):
+    (tmp_path / "mine.py").write_text("from jaxllm.layout.rules import Rules\ntable = Rules(vocab=None)\n")
+    base = dataclasses.replace(BASE, layout=LayoutConfig(rules=f"{tmp_path}/mine.py:table"))
+    rules = [c.layout.rules for c in candidates(base, 8, vary("mesh", "rules", base=base)) if c.mesh.model == 8]
+    assert rules[0] == base.layout.rules and "megatron" in rules
+    assert "megatron_whole_vocab" not in rules  # the same program
+
+
 def test_virtual_stages_vary_by_themselves():
     base = dataclasses.replace(
         BASE, mesh=MeshConfig(pipeline=2), layout=LayoutConfig(schedule="interleaved", num_microbatches=4)
