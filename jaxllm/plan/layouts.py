@@ -66,12 +66,16 @@ def candidates(config: Config, num_devices: int, vary: Mapping[str, Sequence[Any
     """`config` under every combination of the values of `vary`, legal or not.
 
     Of those that make the same program (ZeRO stages with nothing to spread over, schedules without a pipeline, …) only
-    the first is there. Where the schedule varies and `virtual_stages` does not,
-    each schedule gets as many as it can have: `interleaved` the config's, at least 2, the others 1.
+    the first is there. Where the schedule varies and `virtual_stages` does not, each schedule gets as many as it can
+    have: `interleaved` the config's, at least 2, the others 1.
 
     Args:
       vary: default `variations(config, num_devices)`.
+
+    Raises:
+      UserError: a mistake in the config that no layout mends.
     """
+    check(dataclasses.replace(config, mesh=MeshConfig(), layout=LayoutConfig()), 1)
     vary = variations(config, num_devices) if vary is None else vary
     weights = functools.cache(_weights)
     seen = set()
@@ -167,9 +171,9 @@ def _divisors(number: int) -> list[int]:
 
 
 def _virtual_stages(layout: LayoutConfig, schedule: str) -> int:
-    if schedule == layout.schedule:
-        return max(layout.virtual_stages, 2) if schedule == "interleaved" else layout.virtual_stages
-    return max(layout.virtual_stages, 2) if schedule == "interleaved" else 1
+    if schedule == "interleaved":
+        return max(layout.virtual_stages, 2)
+    return layout.virtual_stages if schedule == layout.schedule else 1
 
 
 def _program(config: Config, num_devices: int, weights_of: Callable[..., Any]) -> Any:

@@ -95,6 +95,18 @@ def test_mistakes(argv, says, capsys):
     assert says in layouts(capsys, *argv, code=2).err
 
 
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model.num_heads=0", "config.model.num_heads=0 must be 1 or more"),
+        ("model.embed_dim=33", "embed_dim=33 is not divisible by num_heads=4"),
+        ("train.steps=5", "do not fit into config.train.steps=5"),
+    ],
+)
+def test_mistakes_that_no_layout_mends(experiment, override, says, capsys):
+    assert says in layouts(capsys, experiment, "--devices=2", f"--config.{override}", code=2).err
+
+
 def test_fields_that_do_not_vary(experiment, capsys):
     said = layouts(capsys, experiment, "--devices=2", "--vary=mesh,remit", code=2).err
     assert "--vary remit: not a field that varies. Did you mean 'remat'?" in said
