@@ -96,7 +96,7 @@ def _measured(
     from jaxllm.plan.layouts import flags
     from jaxllm.plan.measure import measure_all, virtual_devices
 
-    virtual_devices(options.devices)
+    virtual_devices(options.devices)  # this process has touched no device so far: the memory of a GPU is all theirs
     results = {}
     for number, (layout, result) in enumerate(measure_all(legal, options.devices, options.steps), start=1):
         said = f"{result.tokens_per_second:,.0f} tokens/s" if _is_timed(result) else f"failed: {result.reason}"

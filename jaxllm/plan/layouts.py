@@ -1,6 +1,6 @@
 """Every layout of a model on N devices: the legal ones, why the others are not, and what a device keeps at rest.
 
-Nothing is compiled and no device is touched: a layout is legal where `train.checks.check` accepts it.
+Nothing is compiled, and the devices need not be here: a layout is legal where `train.checks.check` accepts it.
 """
 
 import dataclasses

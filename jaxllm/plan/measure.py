@@ -1,7 +1,7 @@
 """Times a few training steps of a layout on the devices at hand, on synthetic tokens.
 
-Each layout runs in a process of its own kind: what XLA aborts takes only that process along, and on a GPU the peak of
-the memory is that of one layout, because there every layout gets a fresh process.
+They run in another process: what XLA aborts takes only that one along, and the next layout gets a new one. On a GPU
+every layout does, so that the peak of the memory is its own.
 """
 
 import multiprocessing
@@ -91,6 +91,8 @@ def measure_all(
     """
     worker = _Worker()
     devices = worker.call(_devices_here)
+    if isinstance(devices, Failure):
+        raise UserError(f"the devices here cannot be used: {devices.reason}")
     if len(devices) < num_devices:
         worker.end()
         raise UserError(
@@ -126,8 +128,8 @@ class _Worker:
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """What the function returns there, or a Failure."""
-        self._connection.send((function, arguments))
         try:
+            self._connection.send((function, arguments))
             return self._connection.recv()
         except (EOFError, ConnectionError):
             self._process.join()
