@@ -19,7 +19,7 @@ class MeshConfig:
 class LayoutConfig:
     """How the work is laid on the mesh."""
 
-    rules: str = "megatron"  # a named rule set of layout/rules.py
+    rules: str = "megatron"  # a rule set of layout/rules.py, or FILE.py:NAME
     rule_overrides: str = ""  # rows put over it: "vocab=none,batch=replica+data"
     sequence_parallel: bool = False  # between blocks the sequence is split over `model` too
     zero_stage: int = 1  # 0 to 3: when the weights are gathered, see layout/zero.py

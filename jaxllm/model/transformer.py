@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.layout.layers import run_layers
 from jaxllm.layout.layout import reshard
+from jaxllm.layout.rules import RESIDUAL_AXES
 from jaxllm.layout.weights import small_weight
 from jaxllm.model.attention import Attention, CacheSlots, LayerCache
 from jaxllm.model.cache import KVCache
@@ -17,8 +18,8 @@ from jaxllm.model.mlp import MLP
 from jaxllm.model.norms import Norm
 from jaxllm.model.positions import Rotation, rotation
 
-# Between blocks the sequence may be split (`residual_length`); inside them each device sees it whole (`length`).
-RESIDUAL = ("batch", "residual_length", "embed")
+# Between blocks the sequence or the width may be split; inside them each device sees both whole (`length`, `embed`).
+RESIDUAL = RESIDUAL_AXES
 WHOLE = ("batch", "length", "embed")
 
 

@@ -11,7 +11,8 @@ from jaxllm.layout import schedules
 from jaxllm.layout.check_rules import check_rules
 from jaxllm.layout.layout import Layout
 from jaxllm.layout.mesh import mesh_shape
-from jaxllm.layout.rules import Rules, make_rules, parse_overrides
+from jaxllm.layout.named import is_named
+from jaxllm.layout.rules import Rules, make_rules, own_rows, parse_overrides
 from jaxllm.layout.stages import make_stages
 from jaxllm.model.spec import ACTIVATIONS, model_spec
 from jaxllm.train.config import Config
@@ -82,7 +83,7 @@ def check(config: Config, num_devices: int) -> None:
     _check_length(config, rules, shape)
     _check_batch(config, rules, shape)
     _check_pipeline(config, rules, shape)
-    _check_overrides(config, rules, shape, parse_overrides(layout.rule_overrides))
+    _check_own_rules(config, rules, shape, every_row_works=True)
 
 
 def check_for_use(config: Config, num_devices: int) -> None:
@@ -103,7 +104,7 @@ def check_for_use(config: Config, num_devices: int) -> None:
     _check_axes_at_hand(shape)
     _check_model(config)
     _check_split(config, rules, shape)
-    _check_overrides(config, rules, shape, {})
+    _check_own_rules(config, rules, shape, every_row_works=False)
 
 
 def _value(config: Config, name: str):
@@ -149,6 +150,7 @@ def _check_split(config: Config, rules: Rules, shape: dict[str, int]) -> None:
     _check_divides("config.model.num_heads", model.num_heads, "heads", rules, shape)
     _check_divides("config.model.mlp_dim", mlp_dim, "mlp", rules, shape)
     _check_divides("config.model.embed_dim", model.embed_dim, "embed", rules, shape)
+    _check_divides("config.model.embed_dim", model.embed_dim, "residual_embed", rules, shape)
     _check_kv_heads(model.num_kv_heads or model.num_heads, model.num_heads, rules, shape)
 
 
@@ -179,14 +181,19 @@ def _check_kv_heads(size: int, num_heads: int, rules: Rules, shape: dict[str, in
         )
 
 
-def _check_overrides(config: Config, rules: Rules, shape: dict[str, int], rows: dict[str, tuple[str, ...]]) -> None:
-    """The user's own rules against the tensors of the model: no clash, and none of `rows` in vain."""
-    if config.layout.rule_overrides:
-        # The vocabulary is padded, so what stands in for that of a tokenizer not read yet does not matter.
-        spec = model_spec(config.model.resolved(vocab_size=math.prod(shape.values())))
-        mesh = AbstractMesh(tuple(shape.values()), tuple(shape))
-        layout = Layout(mesh, rules, zero_stage=config.layout.zero_stage)
-        check_rules(layout, spec.axes, spec.shapes, rows, ACTIVATIONS)
+def _check_own_rules(config: Config, rules: Rules, shape: dict[str, int], *, every_row_works: bool) -> None:
+    """The user's own rules against the tensors of the model: no clash and, for training, no row in vain."""
+    name, overrides = config.layout.rules, config.layout.rule_overrides
+    if not is_named(name) and not overrides:
+        return
+    # The vocabulary is padded, so what stands in for that of a tokenizer not read yet does not matter.
+    spec = model_spec(config.model.resolved(vocab_size=math.prod(shape.values())))
+    mesh = AbstractMesh(tuple(shape.values()), tuple(shape))
+    layout = Layout(mesh, rules, zero_stage=config.layout.zero_stage)
+    over = list(parse_overrides(overrides))
+    own = [logical for logical in own_rows(name) if logical not in over]
+    for source, rows in {"config.layout.rule_overrides": over, f"config.layout.rules={name}": own}.items():
+        check_rules(layout, spec.axes, spec.shapes, rows if every_row_works else (), ACTIVATIONS, source)
 
 
 def _check_length(config: Config, rules: Rules, shape: dict[str, int]) -> None:

@@ -43,8 +43,12 @@ LLAMA = ModelConfig(
 GPT2 = ModelConfig(
     num_layers=2, embed_dim=32, num_heads=8, mlp_dim=64, vocab_size=37, max_length=16, dropout=0.1
 ).resolved()
+# Adam divides by sqrt(v) + epsilon: an epsilon below what rounding leaves of a gradient that is nothing (1e-8) makes an
+# update of it as large as any other. This one is above that, and below the gradients (1e-3).
+LEARNING_RATE = 1e-2
 FLOAT32 = Config(
-    precision=PrecisionConfig(compute="float32"), optimizer=OptimizerConfig(warmup_steps=2, learning_rate=1e-2)
+    precision=PrecisionConfig(compute="float32"),
+    optimizer=OptimizerConfig(warmup_steps=2, learning_rate=LEARNING_RATE, epsilon=1e-4),
 )
 BATCH, LENGTH, STEPS_TAKEN = 32, 16, 5
 
@@ -122,8 +126,20 @@ def lowered(model: ModelConfig, layout: Layout, config: Config = FLOAT32):
     return step.trace(state, Batch(int32, int32, int32, boolean)).lower()
 
 
+class Trained(NamedTuple):
+    """What a few steps lead to."""
+
+    numbers: np.ndarray  # loss and gradient norm of each step, [steps, 2]
+    params: dict  # the last parameters, on the host
+
+
 def run(model: ModelConfig, layout: Layout, steps: int = STEPS_TAKEN, compute: str = "float32") -> np.ndarray:
     """Loss and gradient norm of each step, [steps, 2]."""
+    return train(model, layout, steps, compute).numbers
+
+
+def train(model: ModelConfig, layout: Layout, steps: int, compute: str = "float32") -> Trained:
+    """Trains for a few steps, each on its own batch."""
     spec, optimizer, schedule, first = parts(model)
     config = dataclasses.replace(FLOAT32, precision=PrecisionConfig(compute=compute))
     if compute == "float16":
@@ -135,7 +151,7 @@ def run(model: ModelConfig, layout: Layout, steps: int = STEPS_TAKEN, compute: s
     for number in range(steps):
         state, metrics = step(state, make_batch(spec, number, layout))
         seen.append([float(metrics["loss"]), float(metrics["grad_norm"])])
-    return np.array(seen)
+    return Trained(np.array(seen), jax.device_get(state.params))
 
 
 @functools.cache

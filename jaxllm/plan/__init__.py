@@ -1,0 +1,1 @@
+"""Answers before the GPUs are booked: which layouts there are, and what each costs."""
