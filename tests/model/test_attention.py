@@ -109,7 +109,7 @@ def test_dropout():
     assert abs(dropped - RATE) < 4 * np.sqrt(RATE * (1 - RATE) / keep[:, :, visible].size)
     assert_close(computed(query, keys, value, d_output, None, key), naive(query, keys, value, d_output, None, keep))
     # The blocks take their parts of one mask, so how many there are does not matter.
-    mask = keep_mask(key, (BATCH, LENGTH, HEADS, LENGTH), RATE).transpose(0, 2, 1, 3)
+    mask = keep_mask(key, [np.arange(size) for size in (LENGTH, HEADS, LENGTH)], RATE).transpose(0, 2, 1, 3)
     np.testing.assert_array_equal(keep[:, :, visible], np.asarray(mask)[:, :, visible])
 
 
