@@ -17,13 +17,12 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt32
 
 from jaxllm.layout.layout import Layout, on_each_device
 from jaxllm.layout.sequence import text_indices
 
-VARIANTS = ("ring", "all_gather")
+VARIANTS = ("ring", "all_gather")  # of config.layout.context_attention
 
 
 class Queries(NamedTuple):

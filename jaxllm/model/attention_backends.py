@@ -46,8 +46,8 @@ def choose_backend(name: str, platform: str, *, compute: str, dropout: float, co
         one_of("config.layout.attention", name, ("auto", *BACKENDS))
     if name == "cudnn" and context > 1:
         raise UserError(
-            f"config.layout.attention='cudnn' does not attend over a sequence split in {context} (config.mesh.context). "
-            "Use 'auto' or 'xla'."
+            f"config.layout.attention='cudnn' does not attend over a sequence that is split in {context} "
+            "(config.mesh.context). Use 'auto' or 'xla'."
         )
     runs = platform == "gpu" and compute in ("bfloat16", "float16") and not dropout and context == 1
     if name == "cudnn" and not runs:

@@ -56,7 +56,6 @@ def _drop(x: Array, rate: float, stream: DropoutKey | None, place: str) -> Array
     return dropout(x, rate, stream.fold(place), token_order(current_layout(), x.shape[1])) if stream else x
 
 
-
 def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
     """All layers as one Block whose parameters have a leading `layers` axis."""
 

@@ -11,6 +11,7 @@ from jaxllm.layout.check_rules import check_rules
 from jaxllm.layout.layout import Layout
 from jaxllm.layout.mesh import mesh_shape
 from jaxllm.layout.rules import Rules, make_rules, parse_overrides
+from jaxllm.model.attention_backends import choose_backend
 from jaxllm.model.spec import ACTIVATIONS, model_spec
 from jaxllm.train.config import Config
 from jaxllm.train.optimizer import check_optimizer, make_schedule
@@ -21,6 +22,7 @@ CHOICES = {
     "model.activation": ("gelu", "gelu_tanh", "silu", "relu"),
     "layout.remat": ("none", "selective", "full"),
     "layout.attention": ("auto", "xla", "cudnn"),
+    "layout.context_attention": ("ring", "all_gather"),
     "precision.compute": ("bfloat16", "float32", "float16"),
     "precision.params": ("float32",),
     "precision.gradients": ("float32", "bfloat16"),
@@ -114,11 +116,11 @@ def _refuse_unless(fine: bool, config: Config, name: str, says: str) -> None:
 
 
 def _check_axes_at_hand(shape: dict[str, int]) -> None:
-    for axis in ("pipeline", "expert", "context"):
+    for axis in ("pipeline", "expert"):
         if shape[axis] > 1:
             raise UserError(
-                f"config.mesh.{axis}={shape[axis]}: this version splits over replica, data and model only. "
-                f"Set --config.mesh.{axis}=1 and give the devices to data or model."
+                f"config.mesh.{axis}={shape[axis]}: this version splits over replica, data, context and model only. "
+                f"Set --config.mesh.{axis}=1 and give the devices to data, context or model."
             )
 
 
@@ -195,8 +197,17 @@ def _check_length(config: Config, rules: Rules, shape: dict[str, int]) -> None:
     if config.data.length == 1:
         raise UserError("config.data.length=1 leaves nothing to predict: 2 or more, or 0 for config.model.max_length.")
     length = config.data.length or config.model.max_length
-    _check_divides("config.data.length", length, "length", rules, shape)
+    parts, written = _parts("length", rules, shape)
+    between_blocks, _ = _parts("residual_length", rules, shape)
+    if parts > 1 and length % (2 * parts):
+        nearest = nearest_multiples(length, math.lcm(2 * parts, between_blocks))
+        raise UserError(
+            f"config.data.length={length} is not divisible by 2 x {written}: each part of a sequence is an early chunk "
+            f"and a late one. Nearest: length={nearest}."
+        )
     _check_divides("config.data.length", length, "residual_length", rules, shape)
+    # The rest of what keeps a backend from running hangs on the devices: model/attention_check.py.
+    choose_backend(config.layout.attention, "gpu", compute="bfloat16", dropout=0.0, context=parts)
 
 
 def _check_batch(config: Config, rules: Rules, shape: dict[str, int]) -> None:

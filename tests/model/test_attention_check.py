@@ -74,7 +74,7 @@ def test_a_backend_with_another_gradient_is_refused(sabotaged):
 def test_a_backend_that_does_not_run_is_refused(monkeypatch):
     """Nothing else is tried in its place."""
 
-    def chosen(name, platform, *, compute, dropout):
+    def chosen(name, platform, **_):
         return "cudnn"
 
     def fails(*arguments):
@@ -89,7 +89,7 @@ def test_a_backend_that_does_not_run_is_refused(monkeypatch):
 def test_two_backends_in_use_are_both_checked(monkeypatch):
     """Dropout on the attention probabilities keeps training from the fused kernel, not evaluation."""
     checked = []
-    monkeypatch.setattr(attention_check, "choose_backend", lambda *_, compute, dropout: "xla" if dropout else "cudnn")
+    monkeypatch.setattr(attention_check, "choose_backend", lambda *_, dropout, **__: "xla" if dropout else "cudnn")
     monkeypatch.setattr(attention_check, "_checked", lambda layout, *_: checked.append(layout.attention) or 1e-3)
     said = check_backend(one_device(), dataclasses.replace(MODEL, attention_dropout=0.1), "bfloat16")
     assert checked == ["xla", "cudnn"]
