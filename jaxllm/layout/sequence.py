@@ -5,11 +5,13 @@ see few others, and a late one, whose tokens see many. Between the embedding and
 *device order*; tokens, targets and logits, outside, are in *text order*.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, Shaped
 
-from jaxllm.layout.layout import Layout, constrain, current_layout
+from jaxllm.layout.layout import Layout, current_layout, on_each_device
 
 
 def token_order(layout: Layout | None, length: int) -> Int[np.ndarray, " length"] | None:
@@ -30,27 +32,38 @@ def text_indices(part: int | Int[Array, ""], parts: int, length: int) -> Int[Arr
     return together.concatenate([first + in_chunk, second + in_chunk])
 
 
-# Both permutations are slices and a reversal: a gather is more than the partitioner can split inside a pipeline.
+# Both are written for one device: left to the partitioner, the tokens would be permuted after they are split.
 
 
 def to_device_order(x: Shaped[Array, "batch length *rest"]) -> Shaped[Array, "batch length *rest"]:
-    """What is in text order in device order, split over the devices."""
+    """What is in text order, whole, in device order: each device keeps its part, and nothing is sent."""
     layout = current_layout()
-    parts = 1 if layout is None else layout.size("length")
-    if parts == 1:
+    if layout is None or layout.size("length") == 1:
         return x
-    chunks = x.reshape(x.shape[0], 2, parts, -1, *x.shape[2:])
-    paired = jnp.stack([chunks[:, 0], jnp.flip(chunks[:, 1], axis=1)], axis=2)
-    return constrain(paired.reshape(x.shape), "batch", "length", *[None] * (x.ndim - 2))
+    axes, parts = layout.mesh_axes("length"), layout.size("length")
+
+    def local(x):
+        part, chunk = jax.lax.axis_index(axes), x.shape[1] // (2 * parts)
+        chunks = (jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1) for i in (part, 2 * parts - 1 - part))
+        return jnp.concatenate(list(chunks), axis=1)
+
+    return on_each_device(layout, local, _spec(layout, x, None), _spec(layout, x, "length"))(x)
 
 
 def to_text_order(x: Shaped[Array, "batch length *rest"]) -> Shaped[Array, "batch length *rest"]:
-    """The inverse of `to_device_order`: the whole sequence on each device. This one communicates."""
+    """What is in device order, split, in text order: gathered on each device."""
     layout = current_layout()
-    parts = 1 if layout is None else layout.size("length")
-    if parts == 1:
+    if layout is None or layout.size("length") == 1:
         return x
-    x = constrain(x, "batch", *[None] * (x.ndim - 1))
-    paired = x.reshape(x.shape[0], parts, 2, -1, *x.shape[2:])
-    chunks = jnp.concatenate([paired[:, :, 0], jnp.flip(paired[:, :, 1], axis=1)], axis=1)
-    return chunks.reshape(x.shape)
+    axes = layout.mesh_axes("length")
+
+    def local(x):
+        pairs = jax.lax.all_gather(x.reshape(x.shape[0], 2, -1, *x.shape[2:]), axes, axis=2)
+        chunks = jnp.concatenate([pairs[:, 0], jnp.flip(pairs[:, 1], axis=1)], axis=1)
+        return chunks.reshape(x.shape[0], -1, *x.shape[2:])
+
+    return on_each_device(layout, local, _spec(layout, x, "length"), _spec(layout, x, None))(x)
+
+
+def _spec(layout: Layout, x: Array, length: str | None) -> P:
+    return layout.spec(("batch", length, *[None] * (x.ndim - 2)))
