@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, UInt32
 
+from jaxllm.layout import zero
 from jaxllm.layout.layout import Layout, on_each_device
 from jaxllm.layout.sequence import text_indices
 
@@ -125,6 +126,8 @@ def _attention_forward(layout, block, query, key, value, segment_ids, streams):
 
 def _attention_backward(layout, block, residuals, d_output):
     place = _Place(layout, block)
+    # What the forward pass was sent is sent again, not kept. (On CPU, XLA merges the two where layers are unrolled.)
+    residuals, d_output = zero.barrier(residuals, d_output)
     specs = (place.heads_spec,) * 3 + place.rest_specs + (place.heads_spec, place.log_z_spec, place.heads_spec)
     run = on_each_device(layout, place.backward, specs, (place.heads_spec,) * 3)
     return *run(*residuals, d_output), None, None
