@@ -162,6 +162,11 @@ class Blocks:
     dropout_rate: float
 
     def forward(self, queries: Queries, keys: Keys, *, causal: bool) -> Attended:
+        # JAX moves out of a loop over layers what is the same in each, the masks: all of them, whole, in memory at
+        # once. It leaves alone what is marked to be computed again.
+        return jax.checkpoint(functools.partial(self._forward, causal=causal), prevent_cse=False)(queries, keys)
+
+    def _forward(self, queries: Queries, keys: Keys, *, causal: bool) -> Attended:
         outputs, normalisers = [], []
         groups = queries.query.shape[2] // keys.key.shape[2]
         for (start, end), seen in _blocks(queries, keys, causal):
