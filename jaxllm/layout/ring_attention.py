@@ -23,8 +23,6 @@ from jaxllm.layout import zero
 from jaxllm.layout.layout import Layout, on_each_device
 from jaxllm.layout.sequence import text_indices
 
-VARIANTS = ("ring", "all_gather")  # of config.layout.context_attention
-
 
 class Queries(NamedTuple):
     """Some queries of each row's text."""

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.errors import UserError
-from jaxllm.layout.layout import Layout, as_dtype, constrain, use_layout
-from jaxllm.layout.ring_attention import VARIANTS
+from jaxllm.layout.layout import CONTEXT_ATTENTION, Layout, as_dtype, constrain, use_layout
 from jaxllm.layout.sequence import to_device_order, to_text_order
 from jaxllm.model.attention_backends import BACKENDS, KEY_AXES, QUERY_AXES, causal_attention, choose_backend
 from jaxllm.model.config import ModelConfig
@@ -63,7 +62,7 @@ def _checked(layout: Layout, config: ModelConfig, compute: str, platform: str) -
     name, others = layout.attention, [f"attention={other}" for other in BACKENDS if other != layout.attention]
     if layout.size("length") > 1:
         name = f"{name}, {layout.context_attention}"
-        others = [f"context_attention={other}" for other in VARIANTS if other != layout.context_attention]
+        others = [f"context_attention={other}" for other in CONTEXT_ATTENTION if other != layout.context_attention]
     others = " or ".join(f"--config.layout.{other}" for other in others)
     try:
         output, gradients = jax.device_get(

@@ -60,7 +60,7 @@ def test_a_vocabulary_that_does_not_divide(shape):
         (Shape(1, 2, 1, 3, context=4), "ring", GPT2),
         (Shape(1, 1, 4, 1, True, context=2), "ring", GPT2),
     ],
-    ids=str,
+    ids=lambda value: "llama" if value is LLAMA else "gpt2" if value is GPT2 else str(value),
 )
 def test_a_split_sequence(shape, variant, model):
     """Dropout, packed documents and positions of every kind across the cut."""

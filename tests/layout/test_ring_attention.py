@@ -11,8 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxllm.layout.collectives import collectives
 from jaxllm.layout.config import LayoutConfig, MeshConfig
-from jaxllm.layout.layout import Layout, make_layout, use_layout
-from jaxllm.layout.ring_attention import VARIANTS
+from jaxllm.layout.layout import CONTEXT_ATTENTION, Layout, make_layout, use_layout
 from jaxllm.layout.sequence import text_indices, to_device_order, to_text_order, token_order
 from jaxllm.model import attention_backends
 from jaxllm.model.attention_backends import KEY_AXES, QUERY_AXES, Blocks, causal_attention
@@ -90,7 +89,7 @@ def test_output_and_gradients_are_those_of_the_formula(case):
     assert_close(computed, [a[:, order] for a in wanted], tolerance=1e-5)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", CONTEXT_ATTENTION)
 def test_inside_a_pipeline_where_other_stages_skip_it(variant):
     """On CPU a collective-permute there would wait for the stages that do not come."""
     layout = layout_of(2, variant, pipeline=2, model=2)
@@ -179,7 +178,7 @@ class Counted(Blocks):
         return super().backward(queries, keys, gradient, causal=causal)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", CONTEXT_ATTENTION)
 def test_every_device_computes_the_same_in_each_step(variant, monkeypatch):
     """The two branches of a step, keys from an earlier and from a later device, are equally large."""
     counted = Counted(0.0)
@@ -252,7 +251,7 @@ def test_all_gather_gathers_once_a_pass():
     assert sent(layout, gradients=True) == {"all-gather": 4, "reduce-scatter": 2}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", CONTEXT_ATTENTION)
 def test_memory_falls_with_context(variant, monkeypatch):
     """XLA's own count of the peak on one device."""
     monkeypatch.undo()

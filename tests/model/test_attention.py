@@ -69,6 +69,19 @@ def test_large_logits_stay_finite():
     assert_close(actual, naive(query * 100, key, value, d_output, SEGMENTS), 1e-5)
 
 
+def test_masks_are_not_moved_out_of_a_loop_over_layers():
+    """There all of them, whole, would be in memory at once."""
+    query, key, value, _ = inputs(2)
+
+    def loss(query, key, value, segments):
+        layer = lambda query, _: (causal_attention(query, key, value, segments), None)  # noqa: E731
+        return jax.lax.scan(layer, query, length=3)[0].sum()
+
+    program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(query, key, value, SEGMENTS)
+    outside = [out.aval for equation in program.eqns for out in equation.outvars]
+    assert len(outside) > 3 and not any(aval.dtype == bool for aval in outside)
+
+
 def test_dropout():
     """What is kept is read off by attending to unit vectors; with that, values and gradients are the formula's."""
     key = DropoutKey(jnp.array([7, 8], jnp.uint32))
@@ -107,12 +120,14 @@ def test_document_offsets(most):
 
 
 def test_choose_backend():
-    def choose(name, platform="gpu", compute="bfloat16", dropout=0.0):
-        return choose_backend(name, platform, compute=compute, dropout=dropout)
+    def choose(name, platform="gpu", compute="bfloat16", dropout=0.0, context=1):
+        return choose_backend(name, platform, compute=compute, dropout=dropout, context=context)
 
     assert choose("auto") == choose("auto", compute="float16") == choose("cudnn") == "cudnn"
     assert choose("auto", "cpu") == choose("auto", compute="float32") == choose("auto", dropout=0.1) == "xla"
-    assert choose("xla") == "xla"
+    assert choose("xla") == choose("auto", context=4) == "xla"
+    with pytest.raises(UserError, match="'cudnn' does not attend over a sequence that is split in 4"):
+        choose("cudnn", context=4)
     for wrong in ({"platform": "cpu"}, {"compute": "float32"}, {"dropout": 0.1}):
         with pytest.raises(UserError, match="needs a GPU, bfloat16 or float16 compute and attention_dropout=0"):
             choose("cudnn", **wrong)

@@ -90,6 +90,12 @@ def test_dropout_scales_what_it_keeps():
     assert dropout(x, RATE, None) is x and dropout(x, 0.0, keys()) is x
 
 
+def test_tokens_in_another_order_keep_their_masks():
+    order = np.random.default_rng(0).permutation(LENGTH)
+    y = dropout(jnp.ones((ROWS, LENGTH, WIDTH)), RATE, keys(), order)
+    np.testing.assert_array_equal(np.asarray(y) > 0, mask(keys())[:, order])
+
+
 def test_the_gradient_has_the_same_mask():
     gradient = jax.grad(lambda x: dropout(x, RATE, keys()).sum())(jnp.ones((ROWS, LENGTH, WIDTH)))
     np.testing.assert_allclose(gradient, mask(keys()) / (1 - RATE), rtol=1e-6)
