@@ -11,7 +11,7 @@ class MeshConfig:
     replica: int = 1  # the batch; state copied (data parallelism across islands, HSDP)
     data: int = -1  # the batch; state too from ZeRO 1 on
     expert: int = 1  # experts, and the batch outside them
-    context: int = 1  # the sequence inside attention
+    context: int = 1  # the sequence (ring attention)
     model: int = 1  # heads, mlp, vocab (tensor parallelism); innermost, over NVLink
 
 

@@ -14,6 +14,7 @@ from jaxllm.layout.mesh import mesh_shape
 from jaxllm.layout.named import is_named
 from jaxllm.layout.rules import Rules, make_rules, own_rows, parse_overrides
 from jaxllm.layout.stages import make_stages
+from jaxllm.model.attention_backends import choose_backend
 from jaxllm.model.spec import ACTIVATIONS, model_spec
 from jaxllm.train.config import Config
 from jaxllm.train.optimizer import check_optimizer, make_schedule
@@ -24,6 +25,7 @@ CHOICES = {
     "model.activation": ("gelu", "gelu_tanh", "silu", "relu"),
     "layout.remat": ("none", "selective", "full"),
     "layout.attention": ("auto", "xla", "cudnn"),
+    "layout.context_attention": ("ring", "all_gather"),
     "precision.compute": ("bfloat16", "float32", "float16"),
     "precision.params": ("float32",),
     "precision.gradients": ("float32", "bfloat16"),
@@ -118,12 +120,11 @@ def _refuse_unless(fine: bool, config: Config, name: str, says: str) -> None:
 
 
 def _check_axes_at_hand(shape: dict[str, int]) -> None:
-    for axis in ("expert", "context"):
-        if shape[axis] > 1:
-            raise UserError(
-                f"config.mesh.{axis}={shape[axis]}: this version splits over pipeline, replica, data and model only. "
-                f"Set --config.mesh.{axis}=1 and give the devices to data or model."
-            )
+    if shape["expert"] > 1:
+        raise UserError(
+            f"config.mesh.expert={shape['expert']}: this version splits over every axis but expert. "
+            "Set --config.mesh.expert=1 and give the devices to data, context or model."
+        )
 
 
 def _check_model(config: Config) -> None:
@@ -205,8 +206,17 @@ def _check_length(config: Config, rules: Rules, shape: dict[str, int]) -> None:
     if config.data.length == 1:
         raise UserError("config.data.length=1 leaves nothing to predict: 2 or more, or 0 for config.model.max_length.")
     length = config.data.length or config.model.max_length
-    _check_divides("config.data.length", length, "length", rules, shape)
+    parts, written = _parts("length", rules, shape)
+    between_blocks, _ = _parts("residual_length", rules, shape)
+    if parts > 1 and length % (2 * parts):
+        nearest = nearest_multiples(length, math.lcm(2 * parts, between_blocks))
+        raise UserError(
+            f"config.data.length={length} is not divisible by 2 x {written}: each part of a sequence is an early chunk "
+            f"and a late one. Nearest: length={nearest}."
+        )
     _check_divides("config.data.length", length, "residual_length", rules, shape)
+    # The rest of what keeps a backend from running hangs on the devices: model/attention_check.py.
+    choose_backend(config.layout.attention, "gpu", compute="bfloat16", dropout=0.0, context=parts)
 
 
 def _check_batch(config: Config, rules: Rules, shape: dict[str, int]) -> None:

@@ -97,6 +97,7 @@ FIELDS = {
     "unknown positions": ("model.positions=alibi", "Choose from: learned, none, rope."),
     "unknown remat": ("layout.remat=everything", "Choose from: full, none, selective."),
     "unknown precision": ("precision.compute=bf16", "Did you mean 'bfloat16'?"),
+    "unknown attention over context": ("layout.context_attention=gather", "Did you mean 'all_gather'?"),
     "unknown attention": ("layout.attention=cudn", "Did you mean 'cudnn'?"),
     "zero stage": ("layout.zero_stage=4", "config.layout.zero_stage=4 must be 0, 1, 2 or 3."),
     "seed": ("seed=4294967296", "config.seed=4294967296 must be from 0 up to 4294967295."),
@@ -153,6 +154,20 @@ LAYOUTS = {  # on 8 devices
     "length and sequence parallelism": (
         "mesh.model=4 --config.layout.sequence_parallel --config.data.length=10",
         "which splits residual_length. Nearest: length=8 or 12; or config.mesh.model=2.",
+    ),
+    "length and context": (
+        "mesh.context=4 --config.data.length=12",
+        "length=12 is not divisible by 2 x config.mesh.context=4: each part of a sequence is an early chunk and a late "
+        "one. Nearest: length=8 or 16.",
+    ),
+    "length, context and sequence parallelism": (
+        "mesh.context=2 --config.mesh.model=4 --config.layout.sequence_parallel --config.data.length=10",
+        "is not divisible by 2 x config.mesh.context=2: each part of a sequence is an early chunk and a late one. "
+        "Nearest: length=8 or 16.",
+    ),
+    "cudnn and context": (
+        "mesh.context=2 --config.layout.attention=cudnn",
+        "'cudnn' does not attend over a sequence that is split in 2 (config.mesh.context). Use 'auto' or 'xla'.",
     ),
     "unknown rules": (
         "layout.rules=megatorn",

@@ -62,14 +62,16 @@ class Shape(NamedTuple):
     zero_stage: int = 1
     sequence_parallel: bool = False
     num_microbatches: int = 1
+    context: int = 1
 
     def __str__(self) -> str:
         parallel = "-sp" if self.sequence_parallel else ""
-        return f"r{self.replica}d{self.data}m{self.model}-zero{self.zero_stage}{parallel}-mb{self.num_microbatches}"
+        mesh = f"r{self.replica}d{self.data}m{self.model}" + (f"c{self.context}" if self.context > 1 else "")
+        return f"{mesh}-zero{self.zero_stage}{parallel}-mb{self.num_microbatches}"
 
     def layout(self, **fields) -> Layout:
-        devices = jax.devices()[: self.replica * self.data * self.model]
-        mesh = MeshConfig(replica=self.replica, data=self.data, model=self.model)
+        devices = jax.devices()[: self.replica * self.data * self.context * self.model]
+        mesh = MeshConfig(replica=self.replica, data=self.data, context=self.context, model=self.model)
         config = LayoutConfig(
             zero_stage=self.zero_stage,
             sequence_parallel=self.sequence_parallel,
@@ -113,14 +115,14 @@ def make_batch(spec: ModelSpec, number: int, layout: Layout) -> Batch:
     positions = np.where(column < first, column, column - first).astype(np.int32)
     counted = random.random((BATCH, LENGTH)) < random.random((BATCH, 1)) ** 2
     counted &= (positions > 0) & (segments > 0)
-    return jax.device_put(Batch(tokens, positions, segments, counted), layout.sharding("batch", "length"))
+    return jax.device_put(Batch(tokens, positions, segments, counted), layout.sharding("batch", None))
 
 
 def lowered(model: ModelConfig, layout: Layout, config: Config = FLOAT32):
     """The train step, lowered for abstract arguments."""
     spec, optimizer, schedule, _ = parts(model)
     state = abstract_state(spec, optimizer, layout)
-    place = NamedSharding(layout.mesh, layout.spec(("batch", "length")))
+    place = NamedSharding(layout.mesh, layout.spec(("batch", None)))
     int32, boolean = (jax.ShapeDtypeStruct((BATCH, LENGTH), dtype, sharding=place) for dtype in (np.int32, bool))
     step = make_train_step(STEPS["pretrain"], spec, optimizer, schedule, config, layout)
     return step.trace(state, Batch(int32, int32, int32, boolean)).lower()

@@ -32,8 +32,8 @@ def stage_3_gathers_even_tiny_weights(monkeypatch):
     monkeypatch.setattr(zero, "SMALL", 256)
 
 
-def agrees(shape: Shape, model) -> None:
-    np.testing.assert_allclose(run(model, shape.layout()), reference(model), rtol=1e-5, err_msg=str(shape))
+def agrees(shape: Shape, model, **fields) -> None:
+    np.testing.assert_allclose(run(model, shape.layout(**fields)), reference(model), rtol=1e-5, err_msg=str(shape))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -95,6 +95,24 @@ def test_the_first_parameters_are_the_same_bit_for_bit(model, shape, rules):
         jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(first.params), strict=True
     ):
         np.testing.assert_array_equal(actual, expected, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize(
+    ("shape", "variant", "model"),
+    [
+        (Shape(1, 1, 1, 0, context=8), "ring", LLAMA),
+        (Shape(1, 1, 2, 1, context=4), "ring", LLAMA),
+        (Shape(1, 2, 2, 3, True, 4, context=2), "ring", LLAMA),
+        (Shape(2, 1, 1, 2, context=4), "all_gather", LLAMA),
+        (Shape(1, 2, 2, 3, True, 4, context=2), "all_gather", GPT2),
+        (Shape(1, 2, 1, 3, context=4), "ring", GPT2),
+        (Shape(1, 1, 4, 1, True, context=2), "ring", GPT2),
+    ],
+    ids=lambda value: "llama" if value is LLAMA else "gpt2" if value is GPT2 else str(value),
+)
+def test_a_split_sequence(shape, variant, model):
+    """Dropout, packed documents and positions of every kind across the cut."""
+    agrees(shape, model, context_attention=variant)
 
 
 def test_what_is_run_by_default_has_everything_once():
