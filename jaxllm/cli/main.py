@@ -16,6 +16,7 @@ VERBS = {
     "generate": "continue prompts",
     "chat": "talk with a model in the terminal",
     "evaluate": "loss, perplexity and bits per character of files",
+    "layouts": "every layout of a model on N devices: legal, measured",
 }
 
 HELP = """\

@@ -33,16 +33,16 @@ def open_workdir(options: argparse.Namespace, overrides: Mapping[str, str]) -> "
     distributed.initialize(options)
     import jax
 
-    from jaxllm.generate.run import layout_for_use, open_run, read_run_config
+    from jaxllm.generate.run import layout_for_use, open_run, read_run_config, rows_only
     from jaxllm.train.checks import check_for_use
 
     stored = read_run_config(options.workdir)
     usual = layout_for_use(stored, jax.device_count())
     if any(name.startswith("mesh.") for name in overrides):
-        usual = dataclasses.replace(usual, mesh=stored.mesh)
+        usual = dataclasses.replace(usual, mesh=rows_only(stored.mesh))
     config = read_config(override(merge(config_dict(usual)), overrides))
     check_for_use(config, jax.device_count())
-    if config.mesh != stored.mesh and not any(name.startswith("mesh.") for name in overrides):
+    if config.mesh != rows_only(stored.mesh) and not any(name.startswith("mesh.") for name in overrides):
         shape = " ".join(f"{axis}={size}" for axis, size in dataclasses.asdict(config.mesh).items() if size != 1)
         print(f"The run's mesh does not fit the {jax.device_count()} devices here; using {shape}.", file=sys.stderr)
     return open_run(options.workdir, config)

@@ -15,4 +15,6 @@ class Batch(NamedTuple):
     loss_mask: Bool[Array | np.ndarray, "batch length"]  # true where this token is to be predicted from those before
 
 
-BATCH_AXES = Batch(*[("batch", "length")] * 4)
+# Whole along the length also where the layout splits sequences: tokens are few bytes, and the model puts its part of
+# them in the order of the devices without communication.
+BATCH_AXES = Batch(*[("batch", None)] * 4)

@@ -56,15 +56,24 @@ def layout_for_use(config: Config, num_devices: int) -> Config:
     """`config` with the layout that generation and evaluation take where the user asks for none.
 
     The weights are whole but for `model` (ZeRO 0), and the layers run in a loop: an unrolled step copies the cache to
-    stack it. The run's mesh is kept where it fits the devices that are here; else as much of `model` as divides them,
-    and `data` takes the rest.
+    stack it. The run's mesh is kept where it fits the devices that are here, but what trained parts of sequences
+    (`context`) or of the model (`pipeline`) takes rows of the batch (`data`). Where it does not fit, as much of `model`
+    as divides the devices is kept, and `data` takes the rest.
     """
     sizes = dataclasses.asdict(config.mesh)
     given = math.prod(size for size in sizes.values() if size != -1)
     fits = num_devices % given == 0 if -1 in sizes.values() else num_devices == given
-    mesh = config.mesh if fits else MeshConfig(data=-1, model=math.gcd(abs(config.mesh.model), num_devices))
+    folded = rows_only(config.mesh)
+    mesh = folded if fits else MeshConfig(data=-1, model=math.gcd(abs(config.mesh.model), num_devices))
     layout = dataclasses.replace(config.layout, zero_stage=0, scan_layers=True)
     return dataclasses.replace(config, mesh=mesh, layout=layout)
+
+
+def rows_only(mesh: MeshConfig) -> MeshConfig:
+    """The same devices with those along `context` and `pipeline` moved to `data`."""
+    sizes = (mesh.data, mesh.context, mesh.pipeline)
+    data = -1 if -1 in sizes else math.prod(sizes)
+    return dataclasses.replace(mesh, data=data, context=1, pipeline=1)
 
 
 def open_run(workdir: str | Path, config: Config | None = None, say: Callable[[str], None] | None = None) -> Run:
@@ -81,6 +90,12 @@ def open_run(workdir: str | Path, config: Config | None = None, say: Callable[[s
     workdir = Path(workdir)
     if config is None:
         config = layout_for_use(read_run_config(workdir), jax.device_count())
+    for axis in ("pipeline", "context"):
+        if (size := getattr(config.mesh, axis)) != 1:
+            raise UserError(
+                f"config.mesh.{axis}={size}: generation and evaluation split the batch and the model's width only. "
+                "Leave it at 1 and give the devices to data or model."
+            )
     tokenizer = load_tokenizer(workdir / "tokenizer")
     # z-loss is a part of training, not of what a text costs.
     spec = model_spec(dataclasses.replace(config.model, z_loss=0.0).resolved(tokenizer.vocab_size))

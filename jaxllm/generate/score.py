@@ -84,7 +84,7 @@ def score(run: Run, texts: Iterable[str], *, length: int = 0, overlap: int = 0, 
 
     nats = weight = 0.0
     for batch in _batches(rows, tokens, length, batch_size):
-        placed = Batch(*(jax.device_put(leaf, run.layout.sharding("batch", "length")) for leaf in batch))
+        placed = Batch(*(jax.device_put(leaf, run.layout.sharding("batch", None)) for leaf in batch))
         result = loss(run.weights, placed)
         nats, weight = nats + float(result.total), weight + float(result.weight)
     characters, size = sum(map(len, documents)), sum(len(text.encode()) for text in documents)

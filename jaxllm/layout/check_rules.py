@@ -1,15 +1,15 @@
 """What rules a user wrote do to the tensors of a model: said before anything is compiled, with the tensor named."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jaxllm.errors import UserError
 from jaxllm.layout.layout import Axes, Layout, axis_names
-from jaxllm.layout.rules import MeshAxes, describe
+from jaxllm.layout.rules import describe
 from jaxllm.layout.zero import compute_spec, state_spec
 
-ACTIVATION_ROWS = ("batch", "length", "residual_length")  # no parameter has these axes
+ACTIVATION_ROWS = ("batch", "length", "residual_length", "residual_embed")  # no parameter has these axes
 PADDED = ("vocab",)  # rows are added until it divides, so its size does not matter
 
 
@@ -27,28 +27,30 @@ def check_rules(
     layout: Layout,
     axes: Any,
     shapes: Any,
-    overrides: Mapping[str, MeshAxes],
+    rows: Iterable[str],
     activations: Mapping[str, Axes] | None = None,
+    source: str = "config.layout.rule_overrides",
 ) -> None:
     """Checks a rules table against the tensors that it is for.
 
     Args:
       axes, shapes: trees of the parameters: logical axes, and leaves with a `shape`.
-      overrides: the rows that the user put over a named rule set (`rules.parse_overrides`).
+      rows: the logical axes of the rows that the user wrote: over a named rule set, or in a table of their own.
       activations: logical axes of the activations, by name.
+      source: where the user wrote them.
 
     Raises:
-      UserError: one mesh axis used twice for a tensor; or a row of `overrides` that shards nothing.
+      UserError: one mesh axis used twice for a tensor; or one of `rows` that shards nothing.
     """
     tensors = list(_tensors(axes, shapes))
     for tensor in tensors:
         with_path(tensor.path, compute_spec, layout, tensor.axes, tensor.shape)
     for name, activation in (activations or {}).items():
         with_path(name, layout.spec, activation)
-    for logical in overrides:
+    for logical in rows:
         mesh_axes = layout.rules.mesh_axes(logical)
         if mesh_axes and logical not in ACTIVATION_ROWS:
-            _check_row(layout, logical, mesh_axes, tensors)
+            _check_row(layout, logical, f"{source}: '{logical}={'+'.join(mesh_axes)}' shards nothing", tensors)
 
 
 def with_path(path: str, place: Any, *arguments: Any) -> Any:
@@ -59,14 +61,14 @@ def with_path(path: str, place: Any, *arguments: Any) -> Any:
         raise UserError(f"{path}: {error}") from None
 
 
-def _check_row(layout: Layout, logical: str, mesh_axes: tuple[str, ...], tensors: list[_Tensor]) -> None:
-    row = f"config.layout.rule_overrides: '{logical}={'+'.join(mesh_axes)}' shards nothing"
+def _check_row(layout: Layout, logical: str, row: str, tensors: list[_Tensor]) -> None:
     concerned = tensors if logical == "state" else [tensor for tensor in tensors if logical in tensor.axes]
     if not concerned:
         known = sorted({axis for tensor in tensors for axis in tensor.axes if axis})
         raise UserError(f"{row}: no parameter of this model has the axis {logical}. Its axes are {', '.join(known)}.")
     first = concerned[0]
     if not layout.mesh_axes(logical):
+        mesh_axes = layout.rules.mesh_axes(logical)
         sizes = " and ".join(f"config.mesh.{axis}=1" for axis in mesh_axes)
         raise UserError(
             f"{row}: {sizes}, so {first} stays whole. "

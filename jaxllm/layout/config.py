@@ -11,7 +11,7 @@ class MeshConfig:
     replica: int = 1  # the batch; state copied (data parallelism across islands, HSDP)
     data: int = -1  # the batch; state too from ZeRO 1 on
     expert: int = 1  # experts, and the batch outside them
-    context: int = 1  # the sequence inside attention
+    context: int = 1  # the sequence (ring attention)
     model: int = 1  # heads, mlp, vocab (tensor parallelism); innermost, over NVLink
 
 
@@ -19,7 +19,7 @@ class MeshConfig:
 class LayoutConfig:
     """How the work is laid on the mesh."""
 
-    rules: str = "megatron"  # a named rule set of layout/rules.py
+    rules: str = "megatron"  # a rule set of layout/rules.py, or FILE.py:NAME
     rule_overrides: str = ""  # rows put over it: "vocab=none,batch=replica+data"
     sequence_parallel: bool = False  # between blocks the sequence is split over `model` too
     zero_stage: int = 1  # 0 to 3: when the weights are gathered, see layout/zero.py

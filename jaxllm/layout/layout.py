@@ -27,6 +27,7 @@ from jaxllm.layout.rules import Rules, describe, make_rules
 from jaxllm.layout.scope import Axes, tensor_scope
 
 REMAT = ("none", "selective", "full")
+CONTEXT_ATTENTION = ("ring", "all_gather")
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,15 @@ def make_layout(
     """Reads a layout from its two config groups.
 
     Raises:
-      UserError: a mesh that does not fit the devices, an unknown rule, a zero_stage or remat policy there is not.
+      UserError: a mesh that does not fit the devices, an unknown rule, or a zero_stage, remat policy or
+        context_attention there is not.
     """
     if layout.zero_stage not in range(4):
         raise UserError(f"config.layout.zero_stage={layout.zero_stage} must be 0, 1, 2 or 3.")
     if layout.num_microbatches < 1:
         raise UserError(f"config.layout.num_microbatches={layout.num_microbatches} must be 1 or more.")
     one_of("config.layout.remat", layout.remat, REMAT)
+    one_of("config.layout.context_attention", layout.context_attention, CONTEXT_ATTENTION)
     return Layout(
         mesh=make_mesh(mesh, devices),
         rules=make_rules(layout.rules, layout.rule_overrides, sequence_parallel=layout.sequence_parallel),

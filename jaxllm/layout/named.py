@@ -1,12 +1,13 @@
-"""A function of the user's own, named in the config as FILE.py:NAME: a schedule, a table of rules."""
+"""Something of the user's own, named in the config as FILE.py:NAME: a schedule, a table of rules."""
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxllm.errors import UserError, did_you_mean, file_line
+
+Value = TypeVar("Value")
 
 
 def is_named(value: str) -> bool:
@@ -33,8 +34,29 @@ def call_named(field: str, reference: str, *arguments: Any) -> Any:
 
 
 @functools.lru_cache
-def load_named(field: str, reference: str) -> Callable[..., Any]:
-    """The function NAME of the Python file FILE.py. A file is run once for each name. Raises as `call_named` does."""
+def named_value(field: str, reference: str, kind: type[Value]) -> Value:
+    """The value of class `kind` that FILE.py:NAME is, or that it returns where it is a function.
+
+    Raises:
+      UserError: as `call_named`, or a value of another class.
+    """
+    value = load_named(field, reference, kind)
+    if isinstance(value, kind):
+        return value
+    value = call_named(field, reference)
+    if not isinstance(value, kind):
+        wanted = f"{kind.__name__} ({kind.__module__})"
+        raise UserError(f"{field}={reference} returned {value!r}. It must return a {wanted}.")
+    return value
+
+
+@functools.lru_cache
+def load_named(field: str, reference: str, kind: type | None = None) -> Any:
+    """The function NAME, or the value of class `kind`, of the Python file FILE.py. A file is run once for each name.
+
+    Raises:
+      UserError: as `call_named`.
+    """
     source, name = _split(reference)
     if not source.is_file():
         beside = [file.name for file in source.parent.glob("*.py")]
@@ -48,12 +70,14 @@ def load_named(field: str, reference: str) -> Callable[..., Any]:
         raise
     except Exception as error:
         raise UserError(_told(field, source, error)) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+    value = getattr(module, name, None)
+    is_value = lambda value: kind is not None and isinstance(value, kind)  # noqa: E731
+    if not is_value(value) and not callable(value):
+        own = [key for key, v in vars(module).items() if is_value(v) or getattr(v, "__module__", "") == source.stem]
         way_out = did_you_mean(name, own) if own else "It defines none at all."
-        raise UserError(f"{field}={reference}: {source} has no function '{name}'. {way_out}")
-    return function
+        wanted = f"{kind.__name__} or function" if kind else "function"
+        raise UserError(f"{field}={reference}: {source} has no {wanted} '{name}'. {way_out}")
+    return value
 
 
 def _split(reference: str) -> tuple[Path, str]:

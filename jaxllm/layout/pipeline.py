@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from jaxllm.layout import zero
 from jaxllm.layout.layers import Layer, cut_at_layers, run_each
 from jaxllm.layout.layout import Layout, constrain, pin, use_layout
+from jaxllm.layout.rules import RESIDUAL_AXES as RESIDUAL
 from jaxllm.layout.schedule_buffers import assign_buffers
 from jaxllm.layout.schedules import Action, Schedule, make_schedule
 from jaxllm.layout.scope import path_name, tensor_scope
@@ -30,7 +31,6 @@ from jaxllm.layout.stages import Stages, collect, deal, make_stages
 from jaxllm.layout.vocabulary import weight_dtype
 
 Tree = Any
-RESIDUAL = ("batch", "residual_length", "embed")  # what stages send one another
 LossFunction = Callable[[Tree, Tree], tuple[Array, Array]]  # (weights, microbatch) -> (summed loss, its weight)
 
 

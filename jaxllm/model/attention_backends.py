@@ -2,11 +2,14 @@
 
 `xla` is written here: a few blocks of queries, each against the keys up to its own end, so that the upper triangle is
 never computed, with the softmax recomputed in the backward pass from its log-normaliser (Dao et al. 2022). `cudnn` is
-NVIDIA's fused kernel; packed documents go in as offsets, which needs a Hopper GPU or later.
+NVIDIA's fused kernel; packed documents go in as offsets, which needs a Hopper GPU or later. A sequence that is split
+over devices takes the same blocks as `xla`, by layout/ring_attention.py.
 """
 
 import functools
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from jaxllm.config import one_of
 from jaxllm.errors import UserError
 from jaxllm.layout.layout import Layout, chosen_layout, constrain, current_layout, on_each_device
+from jaxllm.layout.ring_attention import Attended, Keys, OutputGradient, Queries, context_attention
 from jaxllm.model.dropout import DropoutKey, keep_mask
 
 BACKENDS = ("xla", "cudnn")
@@ -28,15 +32,23 @@ MIN_QUERY_BLOCK = 64
 MASKED = -1e30  # a logit whose exponential is 0; not -inf, so that a row with nothing to attend stays finite
 
 
-def choose_backend(name: str, platform: str, *, compute: str, dropout: float) -> str:
+def choose_backend(name: str, platform: str, *, compute: str, dropout: float, context: int = 1) -> str:
     """The backend that `config.layout.attention=name` means on a platform ("cpu", "gpu").
+
+    Args:
+      context: into how many parts the sequence is split.
 
     Raises:
       UserError: an unknown name, or cudnn where it cannot run.
     """
     if name != "auto":
         one_of("config.layout.attention", name, ("auto", *BACKENDS))
-    runs = platform == "gpu" and compute in ("bfloat16", "float16") and not dropout
+    if name == "cudnn" and context > 1:
+        raise UserError(
+            f"config.layout.attention='cudnn' does not attend over a sequence that is split in {context} "
+            "(config.mesh.context). Use 'auto' or 'xla'."
+        )
+    runs = platform == "gpu" and compute in ("bfloat16", "float16") and not dropout and context == 1
     if name == "cudnn" and not runs:
         raise UserError(
             "config.layout.attention='cudnn' needs a GPU, bfloat16 or float16 compute and attention_dropout=0 "
@@ -54,7 +66,10 @@ def causal_attention(
     dropout_rate: float = 0.0,
     dropout_key: DropoutKey | None = None,
 ) -> Float[Array, "batch length heads head_dim"]:
-    """softmax(query key^T / sqrt(head_dim)) value over the earlier tokens of the same segment."""
+    """softmax(query key^T / sqrt(head_dim)) value over the earlier tokens of the same segment.
+
+    Where the layout splits the sequence, all arguments and the result are in device order (layout/sequence.py).
+    """
     layout = chosen_layout()
     name = layout.attention if layout else "xla"
     dropout_rate = dropout_rate if dropout_key is not None else 0.0  # an evaluation drops nothing
@@ -63,9 +78,11 @@ def causal_attention(
     if layout and key.shape[2] % layout.size("heads"):  # fewer key heads than parts: each part gets those it needs
         repeats = query.shape[2] // key.shape[2]
         key, value = (constrain(jnp.repeat(a, repeats, axis=2), *QUERY_AXES) for a in (key, value))
+    key_rows = dropout_key.rows if dropout_key is not None and dropout_rate else None
+    if layout and layout.size("length") > 1:
+        return context_attention(layout, Blocks(dropout_rate), query, key, value, segment_ids, key_rows)
     if name == "cudnn":
         return checkpoint_name(_cudnn(current_layout(), query, key, value, segment_ids), "attention")
-    key_rows = dropout_key.rows if dropout_rate else None
     return _flash(dropout_rate, query, key, value, segment_ids, key_rows)
 
 
@@ -104,54 +121,111 @@ def _flash(dropout_rate, query, key, value, segment_ids, key_rows):
     return _flash_forward(dropout_rate, query, key, value, segment_ids, key_rows)[0]
 
 
-# Inside, arrays are [batch, kv_heads, rows, …] where the rows of a block are its queries of every head of the group,
-# group by group: batched matmuls of two plain matrices, whatever the grouping.
-
-
 def _flash_forward(dropout_rate, query, key, value, segment_ids, key_rows):
-    groups = query.shape[2] // key.shape[2]
-    k, v = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    outputs, normalisers = [], []
-    for start, end in query_blocks(query.shape[1]):
-        q = _rows(query[:, start:end], groups)
-        logits = _block_logits(q, k[:, :, :end], segment_ids, start, end)
-        top = logits.max(-1, keepdims=True)
-        exps = jnp.exp(logits - top)
-        total = exps.sum(-1, keepdims=True)
-        weights = _drop(exps, dropout_rate, key_rows, start, groups).astype(value.dtype)
-        output = jnp.einsum("bkrs,bksh->bkrh", weights, v[:, :, :end], preferred_element_type=jnp.float32)
-        outputs.append(_tokens((output / total).astype(query.dtype), groups))
-        normalisers.append(top + jnp.log(total))
-    output = checkpoint_name(jnp.concatenate(outputs, axis=1), "attention")
-    output = constrain(output, *QUERY_AXES)
-    log_z = tuple(checkpoint_name(z, "attention_statistics") for z in normalisers)
+    queries, keys = _whole(query, key, value, segment_ids, key_rows)
+    output, log_z = Blocks(dropout_rate).forward(queries, keys, causal=True)
+    output = constrain(checkpoint_name(output.astype(query.dtype), "attention"), *QUERY_AXES)
+    log_z = checkpoint_name(log_z, "attention_statistics")
     return output, (query, key, value, segment_ids, key_rows, output, log_z)
 
 
 def _flash_backward(dropout_rate, residuals, d_output):
     query, key, value, segment_ids, key_rows, output, log_z = residuals
-    groups = query.shape[2] // key.shape[2]
-    k, v = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    delta = jnp.sum(d_output.astype(jnp.float32) * output.astype(jnp.float32), -1, keepdims=True)
-    d_query, d_key, d_value = [], [], []
-    scale = 1 / math.sqrt(query.shape[-1])
-    for (start, end), z in zip(query_blocks(query.shape[1]), log_z, strict=True):
-        q, d_out, d_total = (_rows(a[:, start:end], groups) for a in (query, d_output, delta))
-        weights = jnp.exp(_block_logits(q, k[:, :, :end], segment_ids, start, end) - z)
-        d_weights = jnp.einsum("bkrh,bksh->bkrs", d_out, v[:, :, :end], preferred_element_type=jnp.float32)
-        d_weights = _drop(d_weights, dropout_rate, key_rows, start, groups)
-        d_logits = (weights * (d_weights - d_total) * scale).astype(q.dtype)
-        dropped = _drop(weights, dropout_rate, key_rows, start, groups).astype(q.dtype)
-        d_query.append(_tokens(jnp.einsum("bkrs,bksh->bkrh", d_logits, k[:, :, :end]), groups))
-        d_key.append(jnp.einsum("bkrs,bkrh->bksh", d_logits, q, preferred_element_type=jnp.float32))
-        d_value.append(jnp.einsum("bkrs,bkrh->bksh", dropped, d_out, preferred_element_type=jnp.float32))
-    d_key, d_value = (_sum_prefixes(blocks).swapaxes(1, 2).astype(key.dtype) for blocks in (d_key, d_value))
-    axes = QUERY_AXES if groups == 1 else KEY_AXES
-    d_query = constrain(jnp.concatenate(d_query, axis=1), *QUERY_AXES)
-    return d_query, constrain(d_key, *axes), constrain(d_value, *axes), None, None
+    queries, keys = _whole(query, key, value, segment_ids, key_rows)
+    delta = jnp.sum(d_output.astype(jnp.float32) * output.astype(jnp.float32), -1)
+    gradient = OutputGradient(d_output, log_z, delta)
+    d_query, (d_key, d_value) = Blocks(dropout_rate).backward(queries, keys, gradient, causal=True)
+    axes = QUERY_AXES if key.shape[2] == query.shape[2] else KEY_AXES
+    d_query = constrain(d_query.astype(query.dtype), *QUERY_AXES)
+    return d_query, *(constrain(d.astype(key.dtype), *axes) for d in (d_key, d_value)), None, None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
+
+
+def _whole(query, key, value, segment_ids, key_rows) -> tuple[Queries, Keys]:
+    """All of a text, in text order."""
+    indices = jnp.arange(query.shape[1])
+    queries = Queries(query, indices, segment_ids, jnp.arange(query.shape[2]), key_rows)
+    return queries, Keys(key, value, indices, segment_ids)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Attention of queries to keys, both whole on the device or left to the partitioner, a part of the queries at once.
+
+    It is the `BlockAttention` of layout/ring_attention.py. Inside, arrays are [batch, kv_heads, rows, …] where the rows
+    are the queries of every head of the group, group by group: batched matmuls of two plain matrices, whatever the
+    grouping.
+    """
+
+    dropout_rate: float
+
+    def forward(self, queries: Queries, keys: Keys, *, causal: bool) -> Attended:
+        # JAX moves out of a loop over layers what is the same in each, the masks: all of them, whole, in memory at
+        # once. It leaves alone what is marked to be computed again.
+        return jax.checkpoint(functools.partial(self._forward, causal=causal), prevent_cse=False)(queries, keys)
+
+    def _forward(self, queries: Queries, keys: Keys, *, causal: bool) -> Attended:
+        outputs, normalisers = [], []
+        groups = queries.query.shape[2] // keys.key.shape[2]
+        for (start, end), seen in _blocks(queries, keys, causal):
+            block = queries.part(start, end)
+            logits = _logits(block, seen)
+            top = logits.max(-1, keepdims=True)
+            exps = jnp.exp(logits - top)
+            total = exps.sum(-1, keepdims=True)
+            weights = self._drop(exps, block, seen).astype(seen.value.dtype)
+            output = jnp.einsum(
+                "bkrs,bksh->bkrh", weights, seen.value.swapaxes(1, 2), preferred_element_type=jnp.float32
+            )
+            outputs.append(_tokens(output / total, groups))
+            normalisers.append(_tokens(top + jnp.log(total), groups)[..., 0])
+        return Attended(jnp.concatenate(outputs, axis=1), jnp.concatenate(normalisers, axis=1))
+
+    def backward(
+        self, queries: Queries, keys: Keys, gradient: OutputGradient, *, causal: bool
+    ) -> tuple[Array, tuple[Array, Array]]:
+        groups, scale = queries.query.shape[2] // keys.key.shape[2], 1 / math.sqrt(queries.query.shape[3])
+        einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        d_query, d_key, d_value = [], [], []
+        for (start, end), seen in _blocks(queries, keys, causal):
+            block, (d_output, log_z, delta) = queries.part(start, end), gradient.part(start, end)
+            q, d_out = _rows(block.query, groups), _rows(d_output, groups)
+            z, d_total = (_rows(a[..., None], groups) for a in (log_z, delta))
+            weights = jnp.exp(_logits(block, seen) - z)
+            d_weights = self._drop(einsum("bkrh,bksh->bkrs", d_out, seen.value.swapaxes(1, 2)), block, seen)
+            d_logits = (weights * (d_weights - d_total) * scale).astype(q.dtype)
+            dropped = self._drop(weights, block, seen).astype(q.dtype)
+            d_query.append(_tokens(einsum("bkrs,bksh->bkrh", d_logits, seen.key.swapaxes(1, 2)), groups))
+            d_key.append(einsum("bkrs,bkrh->bksh", d_logits, q))
+            d_value.append(einsum("bkrs,bkrh->bksh", dropped, d_out))
+        d_keys = tuple(_sum_prefixes(blocks).swapaxes(1, 2) for blocks in (d_key, d_value))
+        return jnp.concatenate(d_query, axis=1), d_keys
+
+    def _drop(self, x: Float[Array, "batch kv_heads rows keys"], queries: Queries, keys: Keys) -> Array:
+        """Dropout on attention weights or their gradients: an element's indices are (query, head, key)."""
+        if queries.streams is None or self.dropout_rate == 0:
+            return x
+        indices = (queries.indices, queries.heads, keys.indices)
+        keep = keep_mask(DropoutKey(queries.streams), indices, self.dropout_rate)
+        return jnp.where(_rows(keep, queries.heads.size // x.shape[1]), x / (1 - self.dropout_rate), 0)
+
+
+def _blocks(queries: Queries, keys: Keys, causal: bool) -> Iterator[tuple[tuple[int, int], Keys]]:
+    """Start and end of each block of queries, and the keys that it may see some of."""
+    for start, end in query_blocks(queries.query.shape[1]):
+        yield (start, end), keys.part(0, end) if causal else keys
+
+
+def _logits(queries: Queries, keys: Keys) -> Float[Array, "batch kv_heads rows keys"]:
+    groups = queries.query.shape[2] // keys.key.shape[2]
+    q, k = _rows(queries.query, groups), keys.key.swapaxes(1, 2)
+    logits = jnp.einsum("bkrh,bksh->bkrs", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    visible = (queries.indices[:, None] >= keys.indices)[None]
+    if queries.segment_ids is not None:
+        visible = visible & (queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :])
+    return jnp.where(jnp.tile(visible, (1, groups, 1))[:, None], logits, MASKED)
 
 
 def _rows(x: Float[Array, "batch length heads size"], groups: int) -> Float[Array, "batch kv_heads rows size"]:
@@ -173,24 +247,6 @@ def _sum_prefixes(blocks: list[Array]) -> Array:
         known = total.shape[2]
         total = jnp.concatenate([block[:, :, :known] + total, block[:, :, known:]], axis=2)
     return total
-
-
-def _block_logits(q: Array, k: Array, segment_ids: Array | None, start: int, end: int) -> Float[Array, "b k rows keys"]:
-    logits = jnp.einsum("bkrh,bksh->bkrs", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-    groups = q.shape[2] // (end - start)
-    visible = (jnp.arange(start, end)[:, None] >= jnp.arange(end))[None]
-    if segment_ids is not None:
-        visible = visible & (segment_ids[:, start:end, None] == segment_ids[:, None, :end])
-    return jnp.where(jnp.tile(visible, (1, groups, 1))[:, None], logits, MASKED)
-
-
-def _drop(x: Array, rate: float, key_rows: Array | None, start: int, groups: int) -> Float[Array, "b k rows keys"]:
-    """Dropout on a block of attention weights whose first query is number `start`."""
-    if key_rows is None or rate == 0:
-        return x
-    batch, kv_heads, rows, keys = x.shape
-    keep = keep_mask(DropoutKey(key_rows), (batch, rows // groups, kv_heads * groups, keys), rate, offset=start)
-    return jnp.where(_rows(keep, groups), x / (1 - rate), 0)
 
 
 # --- cudnn -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.errors import UserError
-from jaxllm.layout.layout import Layout, as_dtype, constrain, use_layout
+from jaxllm.layout.layout import CONTEXT_ATTENTION, Layout, as_dtype, constrain, use_layout
+from jaxllm.layout.sequence import to_device_order, to_text_order
 from jaxllm.model.attention_backends import BACKENDS, KEY_AXES, QUERY_AXES, causal_attention, choose_backend
 from jaxllm.model.config import ModelConfig
 
@@ -34,7 +35,8 @@ def check_backend(layout: Layout, config: ModelConfig, compute: str) -> str:
       compute: the dtype of compute, by name.
 
     Returns:
-      The line to print, as "attention: xla, checked on a packed batch (largest difference 3e-07)".
+      The line to print, as "attention: xla, checked on a packed batch (largest difference 3e-07)", or, where the
+      sequence is split, "attention: xla, ring over context=4, checked …".
 
     Raises:
       UserError: a backend that cannot run here, or whose output or gradients differ: its name, the difference, what to
@@ -42,24 +44,32 @@ def check_backend(layout: Layout, config: ModelConfig, compute: str) -> str:
     """
     platform = layout.mesh.devices.flat[0].platform
     rates = (config.attention_dropout, 0.0)
-    in_use = [choose_backend(layout.attention, platform, compute=compute, dropout=rate) for rate in rates]
+    context = layout.size("length")
+    in_use = [
+        choose_backend(layout.attention, platform, compute=compute, dropout=rate, context=context) for rate in rates
+    ]
+    split = " x ".join(f"{axis}={layout.mesh.shape[axis]}" for axis in layout.mesh_axes("length"))
+    over = f", {layout.context_attention} over {split}" if split else ""
     parts = []
     for name in dict.fromkeys(in_use):
         difference = _checked(dataclasses.replace(layout, attention=name), config, compute, platform)
         where = " without dropout" if name != in_use[0] else ""
-        parts.append(f"{name}{where}, checked on a packed batch (largest difference {difference:.0e})")
+        parts.append(f"{name}{over}{where}, checked on a packed batch (largest difference {difference:.0e})")
     return "attention: " + "; ".join(parts)
 
 
 def _checked(layout: Layout, config: ModelConfig, compute: str, platform: str) -> float:
-    name = layout.attention
-    others = " or ".join(f"--config.layout.attention={other}" for other in BACKENDS if other != name)
+    name, others = layout.attention, [f"attention={other}" for other in BACKENDS if other != layout.attention]
+    if layout.size("length") > 1:
+        name = f"{name}, {layout.context_attention}"
+        others = [f"context_attention={other}" for other in CONTEXT_ATTENTION if other != layout.context_attention]
+    others = " or ".join(f"--config.layout.{other}" for other in others)
     try:
         output, gradients = jax.device_get(
             _differences(layout, config.num_heads, config.num_kv_heads, config.head_dim, compute)
         )
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        if name == "xla":
+        if layout.attention == "xla":
             raise
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"attention backend '{name}' does not run here: {reason}\nUse {others}.") from error
@@ -79,16 +89,20 @@ def _differences(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Largest difference of the outputs and of the gradients, each as a part of its largest number."""
     with use_layout(layout):
-        length = math.lcm(LENGTH, layout.size("length"))
+        length = math.lcm(LENGTH, 2 * layout.size("length"))
         batch = layout.size("batch")
         segments = constrain(packed_segments(batch, length), "batch", "length")
+        placed_segments = to_device_order(segments)
         axes = (QUERY_AXES, KEY_AXES, KEY_AXES, QUERY_AXES)
         heads = (num_heads, num_kv_heads, num_kv_heads, num_heads)
         query, key, value, d_output = (
             constrain(jax.random.normal(jax.random.key(i), (batch, length, n, head_dim), as_dtype(compute)), *names)
             for i, (n, names) in enumerate(zip(heads, axes, strict=True))
         )
-        backend = functools.partial(causal_attention, segment_ids=segments)
+
+        def backend(*arguments: Array) -> Array:  # in text order, like the formula
+            return to_text_order(causal_attention(*map(to_device_order, arguments), placed_segments))
+
         output, pull = jax.vjp(backend, query, key, value)
         computed = (output, *pull(d_output))
         with jax.default_matmul_precision("highest"):

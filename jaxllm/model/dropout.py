@@ -6,11 +6,12 @@ computed where it is used, from indices alone, so it costs no memory and no comm
 """
 
 import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 
 class DropoutKey(NamedTuple):
@@ -31,21 +32,35 @@ def dropout_key(seed: int, step: Int[Array, ""], rows: Int[Array, "batch"]) -> D
     return DropoutKey(_mix(start + jnp.uint32(0x9E3779B9) * rows.astype(jnp.uint32)))
 
 
-def keep_mask(key: DropoutKey, shape: tuple[int, ...], rate: float, offset: int = 0) -> Array:
-    """A boolean mask `[batch, …]` that is true with probability 1 - rate. `offset` is added to the second index."""
-    assert shape[0] == key.rows.shape[0], "the first axis of a dropout mask is the batch"
+def keep_mask(key: DropoutKey, indices: Sequence[Int[Array, "_"]], rate: float) -> Bool[Array, "batch *rest"]:
+    """A mask that is true with probability 1 - rate, a function of the row's stream and of an element's indices.
+
+    Args:
+      indices: of each axis after the batch: which number each of its elements has, 0, 1, 2, … where all are there.
+    """
     bits = key.rows
-    for axis, size in enumerate(shape[1:], start=1):
-        index = jax.lax.broadcasted_iota(jnp.uint32, (*(1,) * axis, size), axis) + jnp.uint32(offset * (axis == 1))
-        bits = _mix(bits[..., None] + jnp.uint32(0x9E3779B9) * (index + 1))
+    for axis, index in enumerate(indices, start=1):
+        number = jnp.asarray(index, jnp.uint32).reshape(*(1,) * axis, -1)
+        bits = _mix(bits[..., None] + jnp.uint32(0x9E3779B9) * (number + 1))
     return bits >= jnp.uint32(int(rate * 2**32))
 
 
-def dropout(x: Float[Array, "batch *rest"], rate: float, key: DropoutKey | None) -> Float[Array, "batch *rest"]:
-    """`x` with elements zeroed at `rate` and the others scaled by 1 / (1 - rate); unchanged without a key."""
+def dropout(
+    x: Float[Array, "batch length *rest"],
+    rate: float,
+    key: DropoutKey | None,
+    places: Int[np.ndarray, " length"] | None = None,
+) -> Float[Array, "batch length *rest"]:
+    """`x` with elements zeroed at `rate` and the others scaled by 1 / (1 - rate); unchanged without a key.
+
+    Args:
+      places: the index in the text of each token, where they are in another order.
+    """
     if key is None or rate == 0:
         return x
-    return jnp.where(keep_mask(key, x.shape, rate), x / (1 - rate), 0).astype(x.dtype)
+    length, *rest = (jnp.arange(size) for size in x.shape[1:])
+    keep = keep_mask(key, (length if places is None else places, *rest), rate)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
 def _mix(x: Array) -> Array:

@@ -6,8 +6,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxllm.layout.layers import run_layers
-from jaxllm.layout.layout import reshard
+from jaxllm.layout.layout import current_layout, reshard
+from jaxllm.layout.rules import RESIDUAL_AXES
 from jaxllm.layout.scope import tensor_scope
+from jaxllm.layout.sequence import to_device_order, token_order
 from jaxllm.layout.weights import small_weight
 from jaxllm.model.attention import Attention, CacheSlots, LayerCache
 from jaxllm.model.cache import KVCache
@@ -19,8 +21,8 @@ from jaxllm.model.names import name_of, name_parameters
 from jaxllm.model.norms import Norm
 from jaxllm.model.positions import Rotation, rotation
 
-# Between blocks the sequence may be split (`residual_length`); inside them each device sees it whole (`length`).
-RESIDUAL = ("batch", "residual_length", "embed")
+# Between blocks the sequence or the width may be split; inside them each device sees both whole (`length`, `embed`).
+RESIDUAL = RESIDUAL_AXES
 WHOLE = ("batch", "length", "embed")
 
 
@@ -46,13 +48,15 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "batch length embed"], LayerCache | None]:
         h = reshard(self.attention_norm(x), WHOLE, RESIDUAL)
         h, cache = self.attention(h, segment_ids, rotation, dropout=stream, cache=cache, slots=slots)
-        x = x + self._drop(reshard(h, RESIDUAL, WHOLE), stream, "after_attention")
+        x = x + _drop(reshard(h, RESIDUAL, WHOLE), self.dropout_rate, stream, "after_attention")
         h = reshard(self.mlp_norm(x), WHOLE, RESIDUAL)
-        x = x + self._drop(reshard(self.mlp(h), RESIDUAL, WHOLE), stream, "after_mlp")
+        x = x + _drop(reshard(self.mlp(h), RESIDUAL, WHOLE), self.dropout_rate, stream, "after_mlp")
         return x, cache
 
-    def _drop(self, x: Array, stream: DropoutKey | None, place: str) -> Array:
-        return dropout(x, self.dropout_rate, stream.fold(place) if stream else None)
+
+def _drop(x: Array, rate: float, stream: DropoutKey | None, place: str) -> Array:
+    """Dropout that does not depend on where a token lies."""
+    return dropout(x, rate, stream.fold(place), token_order(current_layout(), x.shape[1])) if stream else x
 
 
 def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
@@ -97,13 +101,18 @@ class Transformer(nnx.Module):
         *,
         dropout: DropoutKey | None = None,
     ) -> Float[Array, "batch length embed"]:
-        """The last activations, after the final norm.
+        """The last activations, after the final norm: in device order (layout/sequence.py), as `head` takes them.
 
         Args:
+          tokens: in text order, like all arguments; the sequence is split here.
           positions: from 0 in each document; default 0, 1, 2, …
           segment_ids: a number a document, 0 for padding; a token sees earlier tokens of its own number only.
           dropout: the random stream of each row, for training.
         """
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        tokens, positions = to_device_order(tokens), to_device_order(positions)
+        segment_ids = None if segment_ids is None else to_device_order(segment_ids)
         x, by = self._embed(tokens, positions, dropout)
         graph, weights = nnx.split(self.layers)
 
@@ -141,8 +150,6 @@ class Transformer(nnx.Module):
         return self.final_norm(x), KVCache(layer_caches.keys, layer_caches.values, known, filled)
 
     def _embed(self, tokens, positions, stream) -> tuple[Array, Rotation | None]:
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         # The dtype of the weights is the dtype of compute: the step casts them before the model sees them.
         dtype = self.layers.attention.query.kernel.dtype
         x = self.embedding(tokens, dtype)
@@ -150,6 +157,6 @@ class Transformer(nnx.Module):
             table = self.position_embedding
             with tensor_scope(name_of(table), table.axes):
                 x = x + small_weight(table[...], table.axes)[positions].astype(dtype)
-        x = dropout(reshard(x, RESIDUAL, WHOLE), self.config.dropout, stream.fold("embedding") if stream else None)
+        x = _drop(reshard(x, RESIDUAL, WHOLE), self.config.dropout, stream, "embedding")
         turned = self.config.positions == "rope"
         return x, rotation(positions, self.config.head_dim, self.config.rope_theta) if turned else None

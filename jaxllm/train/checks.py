@@ -11,8 +11,10 @@ from jaxllm.layout import schedules
 from jaxllm.layout.check_rules import check_rules
 from jaxllm.layout.layout import Layout
 from jaxllm.layout.mesh import mesh_shape
-from jaxllm.layout.rules import Rules, make_rules, parse_overrides
+from jaxllm.layout.named import is_named
+from jaxllm.layout.rules import Rules, make_rules, own_rows, parse_overrides
 from jaxllm.layout.stages import make_stages
+from jaxllm.model.attention_backends import choose_backend
 from jaxllm.model.spec import ACTIVATIONS, model_spec
 from jaxllm.train.config import Config
 from jaxllm.train.optimizer import check_optimizer, make_schedule
@@ -23,6 +25,7 @@ CHOICES = {
     "model.activation": ("gelu", "gelu_tanh", "silu", "relu"),
     "layout.remat": ("none", "selective", "full"),
     "layout.attention": ("auto", "xla", "cudnn"),
+    "layout.context_attention": ("ring", "all_gather"),
     "precision.compute": ("bfloat16", "float32", "float16"),
     "precision.params": ("float32",),
     "precision.gradients": ("float32", "bfloat16"),
@@ -82,7 +85,7 @@ def check(config: Config, num_devices: int) -> None:
     _check_length(config, rules, shape)
     _check_batch(config, rules, shape)
     _check_pipeline(config, rules, shape)
-    _check_overrides(config, rules, shape, parse_overrides(layout.rule_overrides))
+    _check_own_rules(config, rules, shape, every_row_works=True)
 
 
 def check_for_use(config: Config, num_devices: int) -> None:
@@ -103,7 +106,7 @@ def check_for_use(config: Config, num_devices: int) -> None:
     _check_axes_at_hand(shape)
     _check_model(config)
     _check_split(config, rules, shape)
-    _check_overrides(config, rules, shape, {})
+    _check_own_rules(config, rules, shape, every_row_works=False)
 
 
 def _value(config: Config, name: str):
@@ -117,12 +120,11 @@ def _refuse_unless(fine: bool, config: Config, name: str, says: str) -> None:
 
 
 def _check_axes_at_hand(shape: dict[str, int]) -> None:
-    for axis in ("expert", "context"):
-        if shape[axis] > 1:
-            raise UserError(
-                f"config.mesh.{axis}={shape[axis]}: this version splits over pipeline, replica, data and model only. "
-                f"Set --config.mesh.{axis}=1 and give the devices to data or model."
-            )
+    if shape["expert"] > 1:
+        raise UserError(
+            f"config.mesh.expert={shape['expert']}: this version splits over every axis but expert. "
+            "Set --config.mesh.expert=1 and give the devices to data, context or model."
+        )
 
 
 def _check_model(config: Config) -> None:
@@ -149,6 +151,7 @@ def _check_split(config: Config, rules: Rules, shape: dict[str, int]) -> None:
     _check_divides("config.model.num_heads", model.num_heads, "heads", rules, shape)
     _check_divides("config.model.mlp_dim", mlp_dim, "mlp", rules, shape)
     _check_divides("config.model.embed_dim", model.embed_dim, "embed", rules, shape)
+    _check_divides("config.model.embed_dim", model.embed_dim, "residual_embed", rules, shape)
     _check_kv_heads(model.num_kv_heads or model.num_heads, model.num_heads, rules, shape)
 
 
@@ -179,14 +182,19 @@ def _check_kv_heads(size: int, num_heads: int, rules: Rules, shape: dict[str, in
         )
 
 
-def _check_overrides(config: Config, rules: Rules, shape: dict[str, int], rows: dict[str, tuple[str, ...]]) -> None:
-    """The user's own rules against the tensors of the model: no clash, and none of `rows` in vain."""
-    if config.layout.rule_overrides:
-        # The vocabulary is padded, so what stands in for that of a tokenizer not read yet does not matter.
-        spec = model_spec(config.model.resolved(vocab_size=math.prod(shape.values())))
-        mesh = AbstractMesh(tuple(shape.values()), tuple(shape))
-        layout = Layout(mesh, rules, zero_stage=config.layout.zero_stage)
-        check_rules(layout, spec.axes, spec.shapes, rows, ACTIVATIONS)
+def _check_own_rules(config: Config, rules: Rules, shape: dict[str, int], *, every_row_works: bool) -> None:
+    """The user's own rules against the tensors of the model: no clash and, for training, no row in vain."""
+    name, overrides = config.layout.rules, config.layout.rule_overrides
+    if not is_named(name) and not overrides:
+        return
+    # The vocabulary is padded, so what stands in for that of a tokenizer not read yet does not matter.
+    spec = model_spec(config.model.resolved(vocab_size=math.prod(shape.values())))
+    mesh = AbstractMesh(tuple(shape.values()), tuple(shape))
+    layout = Layout(mesh, rules, zero_stage=config.layout.zero_stage)
+    over = list(parse_overrides(overrides))
+    own = [logical for logical in own_rows(name) if logical not in over]
+    for source, rows in {"config.layout.rule_overrides": over, f"config.layout.rules={name}": own}.items():
+        check_rules(layout, spec.axes, spec.shapes, rows if every_row_works else (), ACTIVATIONS, source)
 
 
 def _check_length(config: Config, rules: Rules, shape: dict[str, int]) -> None:
@@ -198,8 +206,17 @@ def _check_length(config: Config, rules: Rules, shape: dict[str, int]) -> None:
     if config.data.length == 1:
         raise UserError("config.data.length=1 leaves nothing to predict: 2 or more, or 0 for config.model.max_length.")
     length = config.data.length or config.model.max_length
-    _check_divides("config.data.length", length, "length", rules, shape)
+    parts, written = _parts("length", rules, shape)
+    between_blocks, _ = _parts("residual_length", rules, shape)
+    if parts > 1 and length % (2 * parts):
+        nearest = nearest_multiples(length, math.lcm(2 * parts, between_blocks))
+        raise UserError(
+            f"config.data.length={length} is not divisible by 2 x {written}: each part of a sequence is an early chunk "
+            f"and a late one. Nearest: length={nearest}."
+        )
     _check_divides("config.data.length", length, "residual_length", rules, shape)
+    # The rest of what keeps a backend from running hangs on the devices: model/attention_check.py.
+    choose_backend(config.layout.attention, "gpu", compute="bfloat16", dropout=0.0, context=parts)
 
 
 def _check_batch(config: Config, rules: Rules, shape: dict[str, int]) -> None:

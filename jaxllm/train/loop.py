@@ -78,7 +78,7 @@ def train(
         layout = make_layout(
             config.mesh, config.layout, reduce_dtype=config.precision.gradients, devices=devices and list(devices)
         )
-        batch_sharding = layout.sharding("batch", "length")
+        batch_sharding = layout.sharding("batch", None)
         loader = data.train_loader(batch_sharding, batch_size=config.data.batch_size, seed=config.seed)
         stack.callback(loader.close)
         schedule = make_schedule(config.optimizer, config.train.steps)
@@ -182,7 +182,7 @@ def evaluate(
     the microbatches.
     """
     microbatches = 1 if layout.num_stages > 1 else config.layout.num_microbatches
-    batches = data.eval_batches(layout.sharding("batch", "length"), batch_size=config.data.batch_size // microbatches)
+    batches = data.eval_batches(layout.sharding("batch", None), batch_size=config.data.batch_size // microbatches)
     nats, weight = np.float64(0), np.float64(0)
     waiting: list[tuple[jax.Array, jax.Array]] = []
     with contextlib.closing(batches):

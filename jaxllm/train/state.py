@@ -49,6 +49,13 @@ def abstract_state(
 ) -> TrainState:
     """The state as `jax.ShapeDtypeStruct`s with their shardings: what a checkpoint is restored into."""
     shapes = jax.eval_shape(lambda: new_state(spec, optimizer, 0, compute))
+    return place_state(shapes, spec, optimizer, layout)
+
+
+def place_state(
+    shapes: TrainState, spec: ModelSpec, optimizer: optax.GradientTransformation, layout: Layout
+) -> TrainState:
+    """The state's shapes with their shardings under `layout`, whose mesh may be an `AbstractMesh`."""
 
     def place(leaf: jax.ShapeDtypeStruct, partition: P = WHOLE) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(layout.mesh, partition))

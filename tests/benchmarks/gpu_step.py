@@ -71,7 +71,7 @@ def main() -> None:
     print(check_backend(layout, model, "bfloat16") if args.packed else f"attention: {backend}, rows of one document")
 
     state = init_state(spec, optimizer, layout, 0)
-    batch = jax.device_put(make_batch(args), layout.sharding("batch", "length"))
+    batch = jax.device_put(make_batch(args), layout.sharding("batch", None))
     start = time.perf_counter()
     step = make_train_step(STEPS["pretrain"], spec, optimizer, schedule, config, layout)
     compiled = step.trace(state, batch).lower().compile()

@@ -97,6 +97,7 @@ FIELDS = {
     "unknown positions": ("model.positions=alibi", "Choose from: learned, none, rope."),
     "unknown remat": ("layout.remat=everything", "Choose from: full, none, selective."),
     "unknown precision": ("precision.compute=bf16", "Did you mean 'bfloat16'?"),
+    "unknown attention over context": ("layout.context_attention=gather", "Did you mean 'all_gather'?"),
     "unknown attention": ("layout.attention=cudn", "Did you mean 'cudnn'?"),
     "zero stage": ("layout.zero_stage=4", "config.layout.zero_stage=4 must be 0, 1, 2 or 3."),
     "seed": ("seed=4294967296", "config.seed=4294967296 must be from 0 up to 4294967295."),
@@ -128,7 +129,7 @@ LAYOUTS = {  # on 8 devices
     "not the devices": ("mesh.model=3", "does not divide the 8 devices"),
     "two -1": ("mesh.model=-1", "only one axis may be -1"),
     "size 0": ("mesh.model=0", "config.mesh.model=0 must be 1 or more, or -1"),
-    "pipeline": ("mesh.pipeline=2", "config.mesh.pipeline=2: this version splits over replica, data and model only"),
+    "pipeline": ("mesh.pipeline=8", "num_layers=2 is less than the 8 stages of the pipeline"),
     "heads and model": (
         "mesh.model=8",
         "not divisible by config.mesh.model=8, which splits heads. Nearest: num_heads=8; or config.mesh.model=4.",
@@ -153,6 +154,20 @@ LAYOUTS = {  # on 8 devices
     "length and sequence parallelism": (
         "mesh.model=4 --config.layout.sequence_parallel --config.data.length=10",
         "which splits residual_length. Nearest: length=8 or 12; or config.mesh.model=2.",
+    ),
+    "length and context": (
+        "mesh.context=4 --config.data.length=12",
+        "length=12 is not divisible by 2 x config.mesh.context=4: each part of a sequence is an early chunk and a late "
+        "one. Nearest: length=8 or 16.",
+    ),
+    "length, context and sequence parallelism": (
+        "mesh.context=2 --config.mesh.model=4 --config.layout.sequence_parallel --config.data.length=10",
+        "is not divisible by 2 x config.mesh.context=2: each part of a sequence is an early chunk and a late one. "
+        "Nearest: length=8 or 16.",
+    ),
+    "cudnn and context": (
+        "mesh.context=2 --config.layout.attention=cudnn",
+        "'cudnn' does not attend over a sequence that is split in 2 (config.mesh.context). Use 'auto' or 'xla'.",
     ),
     "unknown rules": (
         "layout.rules=megatorn",

@@ -72,6 +72,23 @@ def test_evaluate_prints_and_writes_json(run_on_disk, capsys, tmp_path):
     assert json.loads(out) == result
 
 
+def test_a_run_that_split_sequences_is_used_with_split_rows(run_on_disk, capsys, tmp_path):
+    """`context` has no use in generation and evaluation; its devices take rows of the batch."""
+    trained = shutil.copytree(run_on_disk, tmp_path / "run")
+    config = json.loads((trained / "config.json").read_text())
+    config["mesh"] = {**config["mesh"], "data": 1, "context": 4, "model": 2}
+    (trained / "config.json").write_text(json.dumps(config))
+    file = tmp_path / "held_out.txt"
+    file.write_text(TEXT * 10, encoding="utf-8")
+    argv = ["evaluate", f"--input={file}", "--json"]
+    out, err = run([*argv, f"--workdir={trained}"], capsys)
+    assert "does not fit" not in err
+    elsewhere, _ = run([*argv, f"--workdir={run_on_disk}", "--config.mesh.data=4", "--config.mesh.model=2"], capsys)
+    assert json.loads(out) == json.loads(elsewhere)
+    said = mistake([*argv, f"--workdir={trained}", "--config.mesh.data=2", "--config.mesh.context=2"], capsys)
+    assert "config.mesh.context=2: generation and evaluation split the batch" in said
+
+
 def test_chat_answers_line_by_line_and_lives_on_after_a_line_that_is_too_long(run_on_disk, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("hi\n" + "the quick brown fox " * 20 + "\n/reset\nhi\n"))
     argv = ["chat", f"--workdir={run_on_disk}", "--max_new_tokens=4", "--user=U", "--assistant=A", "--temperature=0"]

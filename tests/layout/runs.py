@@ -43,8 +43,12 @@ LLAMA = ModelConfig(
 GPT2 = ModelConfig(
     num_layers=2, embed_dim=32, num_heads=8, mlp_dim=64, vocab_size=37, max_length=16, dropout=0.1
 ).resolved()
+# Adam divides by sqrt(v) + epsilon: an epsilon below what rounding leaves of a gradient that is nothing (1e-8) makes an
+# update of it as large as any other. This one is above that, and below the gradients (1e-3).
+LEARNING_RATE = 1e-2
 FLOAT32 = Config(
-    precision=PrecisionConfig(compute="float32"), optimizer=OptimizerConfig(warmup_steps=2, learning_rate=1e-2)
+    precision=PrecisionConfig(compute="float32"),
+    optimizer=OptimizerConfig(warmup_steps=2, learning_rate=LEARNING_RATE, epsilon=1e-4),
 )
 BATCH, LENGTH, STEPS_TAKEN = 32, 16, 5
 
@@ -58,14 +62,16 @@ class Shape(NamedTuple):
     zero_stage: int = 1
     sequence_parallel: bool = False
     num_microbatches: int = 1
+    context: int = 1
 
     def __str__(self) -> str:
         parallel = "-sp" if self.sequence_parallel else ""
-        return f"r{self.replica}d{self.data}m{self.model}-zero{self.zero_stage}{parallel}-mb{self.num_microbatches}"
+        mesh = f"r{self.replica}d{self.data}m{self.model}" + (f"c{self.context}" if self.context > 1 else "")
+        return f"{mesh}-zero{self.zero_stage}{parallel}-mb{self.num_microbatches}"
 
     def layout(self, **fields) -> Layout:
-        devices = jax.devices()[: self.replica * self.data * self.model]
-        mesh = MeshConfig(replica=self.replica, data=self.data, model=self.model)
+        devices = jax.devices()[: self.replica * self.data * self.context * self.model]
+        mesh = MeshConfig(replica=self.replica, data=self.data, context=self.context, model=self.model)
         config = LayoutConfig(
             zero_stage=self.zero_stage,
             sequence_parallel=self.sequence_parallel,
@@ -109,21 +115,33 @@ def make_batch(spec: ModelSpec, number: int, layout: Layout) -> Batch:
     positions = np.where(column < first, column, column - first).astype(np.int32)
     counted = random.random((BATCH, LENGTH)) < random.random((BATCH, 1)) ** 2
     counted &= (positions > 0) & (segments > 0)
-    return jax.device_put(Batch(tokens, positions, segments, counted), layout.sharding("batch", "length"))
+    return jax.device_put(Batch(tokens, positions, segments, counted), layout.sharding("batch", None))
 
 
 def lowered(model: ModelConfig, layout: Layout, config: Config = FLOAT32):
     """The train step, lowered for abstract arguments."""
     spec, optimizer, schedule, _ = parts(model)
     state = abstract_state(spec, optimizer, layout)
-    place = NamedSharding(layout.mesh, layout.spec(("batch", "length")))
+    place = NamedSharding(layout.mesh, layout.spec(("batch", None)))
     int32, boolean = (jax.ShapeDtypeStruct((BATCH, LENGTH), dtype, sharding=place) for dtype in (np.int32, bool))
     step = make_train_step(STEPS["pretrain"], spec, optimizer, schedule, config, layout)
     return step.trace(state, Batch(int32, int32, int32, boolean)).lower()
 
 
+class Trained(NamedTuple):
+    """What a few steps lead to."""
+
+    numbers: np.ndarray  # loss and gradient norm of each step, [steps, 2]
+    params: dict  # the last parameters, on the host
+
+
 def run(model: ModelConfig, layout: Layout, steps: int = STEPS_TAKEN, compute: str = "float32") -> np.ndarray:
     """Loss and gradient norm of each step, [steps, 2]."""
+    return train(model, layout, steps, compute).numbers
+
+
+def train(model: ModelConfig, layout: Layout, steps: int, compute: str = "float32") -> Trained:
+    """Trains for a few steps, each on its own batch."""
     spec, optimizer, schedule, first = parts(model)
     config = dataclasses.replace(FLOAT32, precision=PrecisionConfig(compute=compute))
     if compute == "float16":
@@ -135,7 +153,7 @@ def run(model: ModelConfig, layout: Layout, steps: int = STEPS_TAKEN, compute: s
     for number in range(steps):
         state, metrics = step(state, make_batch(spec, number, layout))
         seen.append([float(metrics["loss"]), float(metrics["grad_norm"])])
-    return np.array(seen)
+    return Trained(np.array(seen), jax.device_get(state.params))
 
 
 @functools.cache

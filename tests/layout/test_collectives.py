@@ -115,13 +115,13 @@ def test_small_weights_are_gathered_once_and_their_gradients_reduced_once(shape)
     gathers, reductions = Counter(), Counter()
     for c in found:
         gathers[c.shape] += c.runs * (c.kind == "all-gather" and c.mesh_axes == ("data",))
-        reductions[c.shape] += c.runs * (c.kind == "all-reduce" and c.mesh_axes == ("replica", "data"))
+        reductions[c.shape] += c.runs * (c.kind == "all-reduce" and c.mesh_axes == ("data",))
+    assert all(c.runs == 1 for c in found if "replica" in c.mesh_axes)  # their sums are added up after the microbatches
     for small, number in a_layer.items():
         assert gathers[LAYERS, *small] == number
         assert reductions[small] == (number * LAYERS + once.get(small, 0)) * shape.num_microbatches
     for small, number in once.items():
         assert gathers[small] == number
-    assert reductions[LENGTH, embed] == shape.num_microbatches
 
 
 def test_replica_groups_in_every_notation():

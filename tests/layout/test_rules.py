@@ -1,5 +1,6 @@
 """Mesh, rules and the places that they give to tensors."""
 
+import dataclasses
 import math
 import re
 
@@ -14,8 +15,10 @@ from jaxllm.layout.check_rules import check_rules
 from jaxllm.layout.config import LayoutConfig, MeshConfig
 from jaxllm.layout.layout import make_layout, use_layout
 from jaxllm.layout.mesh import AXES, make_mesh, mesh_shape
-from jaxllm.layout.rules import LOGICAL_AXES, RULE_SETS, Rules, make_rules, parse_overrides
+from jaxllm.layout.rules import LOGICAL_AXES, RULE_SETS, Rules, make_rules, own_rows, parse_overrides
 from jaxllm.model.spec import ACTIVATIONS, model_spec
+from jaxllm.train.checks import check
+from jaxllm.train.config import Config
 from tests.layout.runs import GPT2, LLAMA
 
 
@@ -112,6 +115,8 @@ def test_make_rules():
     )
     # Where `model` splits the batch, the sequence cannot be split over it too.
     assert make_rules("fsdp", sequence_parallel=True) == RULE_SETS["fsdp"]
+    assert make_rules("2d", sequence_parallel=True) == RULE_SETS["2d"]
+    assert make_rules("megatron_sp") == parallel == make_rules("megatron_sp", sequence_parallel=True)
 
 
 ROWS = {
@@ -135,9 +140,74 @@ def test_named_rule_sets_fit_the_models(name, sequence_parallel):
     layout = make_layout(MeshConfig(replica=2, data=2, model=2), config)
     for model in (GPT2, LLAMA):
         spec = model_spec(model)
-        check_rules(layout, spec.axes, spec.shapes, {}, ACTIVATIONS)
+        check_rules(layout, spec.axes, spec.shapes, (), ACTIVATIONS)
     used = {axis for activation in ACTIVATIONS.values() for axis in activation}
     assert used <= set(LOGICAL_AXES)
+
+
+OWN_TABLES = """
+from jaxllm.layout.rules import RULE_SETS, Rules
+
+whole_vocab = Rules(vocab=None, positions=["model"])
+
+def wide():
+    return Rules(residual_embed="model")
+
+number = Rules(mlp=3)
+misspelt = Rules(mlp="modle")
+
+def misspelt_row():
+    return Rules(mpl="model")
+
+def nothing():
+    pass
+"""
+
+
+def test_a_table_of_the_users_own(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(OWN_TABLES)
+    rules = make_rules(f"{file}:whole_vocab", "kv_heads=none")
+    assert rules.mesh_axes("vocab") == rules.mesh_axes("kv_heads") == () and rules.mesh_axes("positions") == ("model",)
+    assert own_rows(f"{file}:whole_vocab") == ("vocab", "positions") and own_rows("2d") == ()
+    hash(rules)  # lists are read as tuples
+    parallel = make_rules(f"{file}:whole_vocab", sequence_parallel=True)
+    assert parallel.mesh_axes("residual_length") == ("context", "model")
+    assert make_rules(f"{file}:wide").mesh_axes("residual_embed") == ("model",)
+    for name, says in {
+        "number": "mine.py:number: layout rule 'mlp=3' must be a mesh axis, a tuple of them, or None",
+        "misspelt": "mine.py:misspelt: layout rule 'mlp=modle': no such mesh axis. Did you mean 'model'",
+        "misspelt_row": r"mine.py:13: TypeError: .* unexpected keyword argument 'mpl'",
+        "nothing": r"mine.py:nothing returned None. It must return a Rules \(jaxllm.layout.rules\)",
+        "RULE_SETS": r"has no Rules or function 'RULE_SETS'",
+        "wholevocab": r"has no Rules or function 'wholevocab'. Did you mean 'whole_vocab'\?",
+    }.items():
+        with pytest.raises(UserError, match=f"config.layout.rules.*{says}"):
+            make_rules(f"{file}:{name}")
+
+
+@pytest.mark.parametrize(
+    ("table", "mesh", "says"),
+    [
+        ("positions='model'", {"model": 2}, "no parameter of this model has the axis positions"),
+        ("mlp='expert'", {"model": 2}, "'mlp=expert' shards nothing: config.mesh.expert=1"),
+        ("mlp='data'", {"data": 4, "model": 2}, "the hidden units of the mlp: layout rules split both"),
+        ("residual_embed='model', vocab=None", {"model": 2}, None),
+        ("residual_embed='model', vocab='expert'", {"model": 2}, "'vocab=expert' shards nothing"),
+    ],
+)
+def test_rows_of_a_users_table_are_checked_like_overrides(tmp_path, table, mesh, says):
+    (tmp_path / "mine.py").write_text(f"from jaxllm.layout.rules import Rules\ntable = Rules({table})\n")
+    name = f"{tmp_path}/mine.py:table"
+    config = Config(model=LLAMA, mesh=MeshConfig(**mesh), layout=LayoutConfig(rules=name))
+    if says is None:
+        return check(config, 8)
+    with pytest.raises(UserError, match=says) as error:
+        check(config, 8)
+    assert ("shards nothing" not in str(error.value)) or str(error.value).startswith(f"config.layout.rules={name}: ")
+    # A row put over the table takes the place of the one in vain.
+    row = table.rpartition(", ")[2].partition("=")[0]
+    check(dataclasses.replace(config, layout=LayoutConfig(rules=name, rule_overrides=f"{row}=none")), 8)
 
 
 def layout(overrides="", zero_stage=1, **sizes):
@@ -242,7 +312,7 @@ def test_a_state_that_nothing_can_be_split_over():
     with pytest.raises(
         UserError, match=r"'state=data' shards nothing: no dimension of w \[embed=3, mlp=5\], nor of any"
     ):
-        check_rules(layout("state=data", data=8), axes, shapes, {"state": ("data",)})
+        check_rules(layout("state=data", data=8), axes, shapes, ["state"])
 
 
 def test_a_vocabulary_split_like_the_tokens_is_refused():

@@ -13,6 +13,7 @@ from jaxllm.layout.layout import make_layout, use_layout
 from jaxllm.model import attention_backends, attention_check
 from jaxllm.model.attention_backends import causal_attention, choose_backend, document_offsets, query_blocks
 from jaxllm.model.dropout import DropoutKey, keep_mask
+from tests.model.attention_reference import assert_close, naive
 
 BATCH, LENGTH, HEADS, HEAD_DIM = 2, 11, 4, 12
 SEGMENTS = np.array([[1] * 4 + [2] * 5 + [0] * 2, [3] * 8 + [1] * 3], np.int32)
@@ -22,30 +23,6 @@ RATE = 0.3
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch):
     monkeypatch.setattr(attention_backends, "MIN_QUERY_BLOCK", 4)
-
-
-def naive(query, key, value, d_output, segments, keep=None):
-    """The output and the gradients of query, key and value, in float64; `keep` is [batch, heads, queries, keys]."""
-    query, key, value, d_output = (np.asarray(a, np.float64) for a in (query, key, value, d_output))
-    d_query, d_key, d_value, output = (np.zeros_like(a) for a in (query, key, value, query))
-    shared_by = query.shape[2] // key.shape[2]
-    for b in range(query.shape[0]):
-        for h in range(query.shape[2]):
-            k = h // shared_by
-            visible = np.tril(np.ones((query.shape[1],) * 2, bool))
-            if segments is not None:
-                visible &= segments[b][:, None] == segments[b][None]
-            logits = query[b, :, h] @ key[b, :, k].T / np.sqrt(query.shape[3])
-            exps = np.where(visible, np.exp(logits), 0)
-            weights = exps / exps.sum(-1, keepdims=True)
-            kept = np.ones_like(weights) if keep is None else keep[b, h] / (1 - RATE)
-            output[b, :, h] = (weights * kept) @ value[b, :, k]
-            d_value[b, :, k] += (weights * kept).T @ d_output[b, :, h]
-            d_weights = kept * (d_output[b, :, h] @ value[b, :, k].T)
-            d_logits = weights * (d_weights - np.sum(weights * d_weights, -1, keepdims=True)) / np.sqrt(query.shape[3])
-            d_query[b, :, h] = d_logits @ key[b, :, k]
-            d_key[b, :, k] += d_logits.T @ query[b, :, h]
-    return output, d_query, d_key, d_value
 
 
 @functools.cache
@@ -66,11 +43,6 @@ def computed(query, key, value, d_output, segments, dropout_key=None):
         return output, *pull(d_output)
 
     return run(query, key, value, d_output)
-
-
-def assert_close(actual, expected, tolerance=2e-6):
-    for name, a, e in zip(("output", "d_query", "d_key", "d_value"), actual, expected, strict=True):
-        np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * np.abs(e).max(), err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +99,19 @@ def test_large_logits_stay_finite():
     assert_close(actual, naive(query * 100, key, value, d_output, SEGMENTS), 1e-5)
 
 
+def test_masks_are_not_moved_out_of_a_loop_over_layers():
+    """There all of them, whole, would be in memory at once."""
+    query, key, value, _ = inputs(2)
+
+    def loss(query, key, value, segments):
+        layer = lambda query, _: (causal_attention(query, key, value, segments), None)  # noqa: E731
+        return jax.lax.scan(layer, query, length=3)[0].sum()
+
+    program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(query, key, value, SEGMENTS)
+    outside = [out.aval for equation in program.eqns for out in equation.outvars]
+    assert len(outside) > 3 and not any(aval.dtype == bool for aval in outside)
+
+
 def test_dropout():
     """What is kept is read off by attending to unit vectors; with that, values and gradients are the formula's."""
     key = DropoutKey(jnp.array([7, 8], jnp.uint32))
@@ -137,9 +122,11 @@ def test_dropout():
     visible = np.tril(np.ones((LENGTH, LENGTH), bool))
     dropped = 1 - keep[:, :, visible].mean()
     assert abs(dropped - RATE) < 4 * np.sqrt(RATE * (1 - RATE) / keep[:, :, visible].size)
-    assert_close(computed(query, keys, value, d_output, None, key), naive(query, keys, value, d_output, None, keep))
+    assert_close(
+        computed(query, keys, value, d_output, None, key), naive(query, keys, value, d_output, None, keep, RATE)
+    )
     # The blocks take their parts of one mask, so how many there are does not matter.
-    mask = keep_mask(key, (BATCH, LENGTH, HEADS, LENGTH), RATE).transpose(0, 2, 1, 3)
+    mask = keep_mask(key, [np.arange(size) for size in (LENGTH, HEADS, LENGTH)], RATE).transpose(0, 2, 1, 3)
     np.testing.assert_array_equal(keep[:, :, visible], np.asarray(mask)[:, :, visible])
 
 
@@ -163,12 +150,14 @@ def test_document_offsets(most):
 
 
 def test_choose_backend():
-    def choose(name, platform="gpu", compute="bfloat16", dropout=0.0):
-        return choose_backend(name, platform, compute=compute, dropout=dropout)
+    def choose(name, platform="gpu", compute="bfloat16", dropout=0.0, context=1):
+        return choose_backend(name, platform, compute=compute, dropout=dropout, context=context)
 
     assert choose("auto") == choose("auto", compute="float16") == choose("cudnn") == "cudnn"
     assert choose("auto", "cpu") == choose("auto", compute="float32") == choose("auto", dropout=0.1) == "xla"
-    assert choose("xla") == "xla"
+    assert choose("xla") == choose("auto", context=4) == "xla"
+    with pytest.raises(UserError, match="'cudnn' does not attend over a sequence that is split in 4"):
+        choose("cudnn", context=4)
     for wrong in ({"platform": "cpu"}, {"compute": "float32"}, {"dropout": 0.1}):
         with pytest.raises(UserError, match="needs a GPU, bfloat16 or float16 compute and attention_dropout=0"):
             choose("cudnn", **wrong)

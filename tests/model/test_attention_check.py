@@ -8,7 +8,7 @@ import pytest
 
 from jaxllm.errors import UserError
 from jaxllm.layout.config import LayoutConfig, MeshConfig
-from jaxllm.layout.layout import make_layout
+from jaxllm.layout.layout import CONTEXT_ATTENTION, make_layout
 from jaxllm.model import attention_backends, attention_check
 from jaxllm.model.attention_check import check_backend, packed_segments
 from jaxllm.model.config import ModelConfig
@@ -53,6 +53,23 @@ def test_on_a_mesh_in_bfloat16():
     assert "attention: xla, checked" in check_backend(layout, MODEL, "bfloat16")
 
 
+@pytest.mark.parametrize("variant", CONTEXT_ATTENTION)
+def test_where_the_sequence_is_split(variant):
+    layout = make_layout(MeshConfig(data=1, context=4, model=2), LayoutConfig(context_attention=variant))
+    said = check_backend(layout, MODEL, "float32")
+    assert said.startswith(f"attention: xla, {variant} over context=4, checked on a packed batch")
+
+
+def test_a_ring_that_ignores_segment_ids_is_refused(monkeypatch):
+    ring = attention_backends.context_attention
+    monkeypatch.setattr(attention_backends, "context_attention", lambda *args: ring(*args[:-2], None, None))
+    attention_check._differences.clear_cache()
+    layout = make_layout(MeshConfig(data=2, context=4), LayoutConfig())
+    with pytest.raises(UserError, match=r"backend 'xla, ring' differs .* --config.layout.context_attention=all_gather"):
+        check_backend(layout, MODEL, "float32")
+    attention_check._differences.clear_cache()
+
+
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 def test_a_backend_that_ignores_segment_ids_is_refused(sabotaged, compute):
     sabotaged(lambda rate, query, key, value, segment_ids, rows: _flash(rate, query, key, value, None, rows))
@@ -74,7 +91,7 @@ def test_a_backend_with_another_gradient_is_refused(sabotaged):
 def test_a_backend_that_does_not_run_is_refused(monkeypatch):
     """Nothing else is tried in its place."""
 
-    def chosen(name, platform, *, compute, dropout):
+    def chosen(name, platform, **_):
         return "cudnn"
 
     def fails(*arguments):
@@ -89,7 +106,7 @@ def test_a_backend_that_does_not_run_is_refused(monkeypatch):
 def test_two_backends_in_use_are_both_checked(monkeypatch):
     """Dropout on the attention probabilities keeps training from the fused kernel, not evaluation."""
     checked = []
-    monkeypatch.setattr(attention_check, "choose_backend", lambda *_, compute, dropout: "xla" if dropout else "cudnn")
+    monkeypatch.setattr(attention_check, "choose_backend", lambda *_, dropout, **__: "xla" if dropout else "cudnn")
     monkeypatch.setattr(attention_check, "_checked", lambda layout, *_: checked.append(layout.attention) or 1e-3)
     said = check_backend(one_device(), dataclasses.replace(MODEL, attention_dropout=0.1), "bfloat16")
     assert checked == ["xla", "cudnn"]

@@ -18,7 +18,7 @@ def keys(seed=0, step=0, rows=ROWS) -> DropoutKey:
 
 
 def mask(key: DropoutKey, rate=RATE) -> np.ndarray:
-    return np.asarray(keep_mask(key, (len(key.rows), LENGTH, WIDTH), rate))
+    return np.asarray(keep_mask(key, (np.arange(LENGTH), np.arange(WIDTH)), rate))
 
 
 def assert_independent(masks: list[np.ndarray]) -> None:
@@ -77,7 +77,7 @@ def test_a_row_depends_on_its_global_index_only():
 
 
 def test_an_offset_takes_the_later_part_of_the_mask():
-    part = keep_mask(keys(), (ROWS, LENGTH - 10, WIDTH), RATE, offset=10)
+    part = keep_mask(keys(), (np.arange(10, LENGTH), np.arange(WIDTH)), RATE)
     np.testing.assert_array_equal(part, mask(keys())[:, 10:])
 
 
@@ -88,6 +88,12 @@ def test_dropout_scales_what_it_keeps():
     np.testing.assert_array_equal(np.unique(np.asarray(y, np.float32)), [0, np.float32(jnp.bfloat16(1 / (1 - RATE)))])
     np.testing.assert_array_equal(np.asarray(y) > 0, mask(keys()))
     assert dropout(x, RATE, None) is x and dropout(x, 0.0, keys()) is x
+
+
+def test_tokens_in_another_order_keep_their_masks():
+    order = np.random.default_rng(0).permutation(LENGTH)
+    y = dropout(jnp.ones((ROWS, LENGTH, WIDTH)), RATE, keys(), order)
+    np.testing.assert_array_equal(np.asarray(y) > 0, mask(keys())[:, order])
 
 
 def test_the_gradient_has_the_same_mask():
