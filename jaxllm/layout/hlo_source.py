@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from jaxllm.layout import zero
 from jaxllm.layout.collectives import Collective, collectives, metadata
-from jaxllm.layout.layout import Layout
+from jaxllm.layout.layout import Layout, axis_names
 from jaxllm.layout.rules import LOGICAL_AXES
-from jaxllm.layout.scope import Axes, scopes
+from jaxllm.layout.scope import Axes, Scope, scopes
 
 PACKAGE = Path(__file__).parents[1]
 ROOMS = ("model", "steps", "layout", "train")  # the nearest line in the first of these is the one a reader wants
@@ -121,7 +121,7 @@ def _cause(c: Collective, source: Source, layout: Layout, parameters, activation
     tensor = next((scope.tensor for scope in named if scope.tensor), "")
     axes: list[str] = []
     for mesh_axis in c.mesh_axes:
-        found = _by_scope(mesh_axis, c, [scope.axes for scope in named], bool(tensor), layout)
+        found = _by_scope(mesh_axis, c, named, layout)
         if not found:
             shaped, found = _by_shape(mesh_axis, c, layout, parameters, activations)
             tensor = tensor or shaped
@@ -132,21 +132,21 @@ def _cause(c: Collective, source: Source, layout: Layout, parameters, activation
     return Cause(c, tensor, tuple(dict.fromkeys(axes)), line)
 
 
-def _by_scope(mesh_axis: str, c: Collective, named: list[Axes], has_weight: bool, layout: Layout) -> list[str]:
-    """The axes of the innermost scope that the rules split over this mesh axis.
+def _by_scope(mesh_axis: str, c: Collective, named: list[Scope], layout: Layout) -> list[str]:
+    """The axes of the innermost scope that has any which the rules split over this mesh axis.
 
     Where a weight has none, what is gathered of it is state that ZeRO has spread, and what is summed, its gradient over
     tokens.
     """
-    for axes in named:
-        split = [axis for axis in axes if mesh_axis in layout.mesh_axes(axis)]
-        if split:
-            return split
-    if has_weight and c.kind in REDUCTIONS:
-        return [axis for axis in TOKENS if mesh_axis in layout.mesh_axes(axis)][:1]
-    if has_weight and mesh_axis in layout.mesh_axes("state"):
+    split = [[axis for axis in scope.axes if mesh_axis in layout.mesh_axes(axis)] for scope in named]
+    of_weight = any(scope.tensor for scope in named)
+    if of_weight and not split[0] and c.kind not in REDUCTIONS and mesh_axis in layout.mesh_axes("state"):
         return ["state"]
-    return []
+    for axes in split:
+        if axes:
+            return axes
+    over_tokens = [axis for axis in TOKENS if mesh_axis in layout.mesh_axes(axis)]
+    return over_tokens[:1] if of_weight and c.kind in REDUCTIONS else []
 
 
 def _by_shape(mesh_axis: str, c: Collective, layout: Layout, parameters, activations) -> tuple[str, list[str]]:
@@ -157,7 +157,7 @@ def _by_shape(mesh_axis: str, c: Collective, layout: Layout, parameters, activat
                 return name, [axis]
     if c.kind not in REDUCTIONS and mesh_axis in layout.mesh_axes("state"):
         shape = c.shape[1:] if c.shape[:1] == (1,) else c.shape
-        fitting = [name for name, w in parameters.items() if shape in _layer_shapes(layout, w)]
+        fitting = [name for name, w in parameters.items() if shape in _gathered(layout, w, c.mesh_axes)]
         return "+".join(fitting), ["state"] if fitting else []
     return "", []
 
@@ -171,13 +171,14 @@ def _local(layout: Layout, tensor: Tensor, joined: str, mesh_axes: tuple[str, ..
     return tuple(sizes)
 
 
-def _layer_shapes(layout: Layout, weight: Tensor) -> list[tuple[int, ...]]:
-    """The part of a weight on one device, stacked and of one layer."""
-    local = tuple(
-        size // math.prod(layout.mesh.shape[a] for a in ((part,) if isinstance(part, str) else part or ()))
-        for size, part in zip(weight.shape, zero.compute_spec(layout, *weight), strict=True)
-    )
-    return [local, local[1:]] if weight.axes[:1] == ("layers",) else [local]
+def _gathered(layout: Layout, weight: Tensor, mesh_axes: tuple[str, ...]) -> list[tuple[int, ...]]:
+    """The part of a weight on one device once what `mesh_axes` spread at rest is joined: stacked, and of one layer."""
+    shapes = []
+    for spec in (zero.compute_spec(layout, *weight), zero.state_spec(layout, *weight)):
+        over = [[a for a in axis_names(part) if a not in mesh_axes] for part in spec]
+        split = (math.prod(layout.mesh.shape[a] for a in axes) for axes in over)
+        shapes.append(tuple(size // parts for size, parts in zip(weight.shape, split, strict=True)))
+    return [*shapes, *(shape[1:] for shape in shapes)] if weight.axes[:1] == ("layers",) else shapes
 
 
 def _by_rules(mesh_axis: str, layout: Layout) -> list[str]:

@@ -8,7 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxllm.layout.layout import constrain
-from jaxllm.model.attention_backends import cached_attention, causal_attention
+from jaxllm.layout.scope import tensor_scope
+from jaxllm.model.attention_backends import QUERY_AXES, cached_attention, causal_attention
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.dropout import DropoutKey
 from jaxllm.model.linear import Linear, apply_together
@@ -70,7 +71,8 @@ class Attention(nnx.Module):
         key, value = (constrain(a, "batch", "length", "kv_heads", "head_dim") for a in (key, value))
         if cache is None:
             rate, stream = self.dropout_rate, dropout.fold("attention") if dropout else None
-            output = causal_attention(query, key, value, segment_ids, dropout_rate=rate, dropout_key=stream)
+            with tensor_scope("", QUERY_AXES):
+                output = causal_attention(query, key, value, segment_ids, dropout_rate=rate, dropout_key=stream)
         else:
             write = lambda all, new: jax.lax.dynamic_update_slice_in_dim(all, new, slots.first, axis=1)  # noqa: E731
             cache = LayerCache(write(cache.keys, key), write(cache.values, value))

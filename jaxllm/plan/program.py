@@ -57,6 +57,7 @@ class Program(_Fields):
             "length": length,
             "residual_length": length,
             "embed": model.embed_dim,
+            "residual_embed": model.embed_dim,
             "heads": model.num_heads,
             "kv_heads": model.num_kv_heads,
             "head_dim": model.head_dim,
@@ -102,7 +103,7 @@ def _optimizer(config: Config, spec: ModelSpec) -> Any:
 
 
 def _batch(config: Config, layout: Layout) -> Batch:
-    place = NamedSharding(layout.mesh, layout.spec(("batch", "length")))
+    place = NamedSharding(layout.mesh, layout.spec(("batch", None)))
     shape = (config.data.batch_size, config.data.length or config.model.max_length)
     int32, boolean = (jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in ("int32", "bool"))
     return Batch(int32, int32, int32, boolean)
