@@ -30,4 +30,5 @@ class LayoutConfig:
     context_attention: str = "ring"  # over the mesh axis `context`: ring | all_gather
     remat: str = "none"  # what the backward pass recomputes: none | selective | full
     scan_layers: bool = True  # one compiled layer looped; False unrolls (about 1.3 times as fast on CPU)
+    allow_replication: bool = False  # warn of tensors that are whole by accident (layout/compile_check.py), go on
     attention: str = "auto"  # auto | xla | cudnn: the attention backend; see model/attention.py

@@ -9,16 +9,18 @@ shape of what is sent is that of one of the activations, or of a weight, with on
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from jax.sharding import PartitionSpec as P
+
 from jaxllm.layout import zero
 from jaxllm.layout.collectives import Collective, collectives, metadata
 from jaxllm.layout.layout import Layout, axis_names
-from jaxllm.layout.rules import LOGICAL_AXES
-from jaxllm.layout.scope import Axes, Scope, scopes
+from jaxllm.layout.rules import LOGICAL_AXES, describe
+from jaxllm.layout.scope import Scope, Tensor, scopes
 
 PACKAGE = Path(__file__).parents[1]
 ROOMS = ("model", "steps", "layout", "train")  # the nearest line in the first of these is the one a reader wants
@@ -28,18 +30,11 @@ REDUCTIONS = ("all-reduce", "reduce-scatter")
 TOKENS = ("batch", "length", "residual_length")  # a weight's gradient is a sum over these
 
 
-class Tensor(NamedTuple):
-    """A parameter, or an activation of one microbatch."""
-
-    axes: Axes
-    shape: tuple[int, ...]
-
-
 class Cause(NamedTuple):
     """Why a collective runs."""
 
     collective: Collective
-    tensor: str  # paths of parameters joined by "+", or the name of an activation; "" where unknown
+    tensor: str  # paths of parameters joined by "+", or the name or axes of an activation; "" where unknown
     logical_axes: tuple[str, ...]  # those that the rules split over its mesh axes, or "state"; several where all are
     line: str  # "model/attention.py:67", relative to the package; "" where unknown
 
@@ -118,6 +113,7 @@ def causes(
 
 def _cause(c: Collective, source: Source, layout: Layout, parameters, activations) -> Cause:
     named = scopes(c.source)
+    activation = describe(named[0].axes) if named else ""
     tensor = next((scope.tensor for scope in named if scope.tensor), "")
     axes: list[str] = []
     for mesh_axis in c.mesh_axes:
@@ -129,7 +125,7 @@ def _cause(c: Collective, source: Source, layout: Layout, parameters, activation
     line = source.line(c.frame, ("model",)) if c.frame else ""
     line = line or next(filter(None, map(source.line_of, tensor.split("+"))), "")
     line = line or source.line(c.frame) or source.line_of_operation(c.source)
-    return Cause(c, tensor, tuple(dict.fromkeys(axes)), line)
+    return Cause(c, tensor or activation, tuple(dict.fromkeys(axes)), line)
 
 
 def _by_scope(mesh_axis: str, c: Collective, named: list[Scope], layout: Layout) -> list[str]:
@@ -175,10 +171,15 @@ def _gathered(layout: Layout, weight: Tensor, mesh_axes: tuple[str, ...]) -> lis
     """The part of a weight on one device once what `mesh_axes` spread at rest is joined: stacked, and of one layer."""
     shapes = []
     for spec in (zero.compute_spec(layout, *weight), zero.state_spec(layout, *weight)):
-        over = [[a for a in axis_names(part) if a not in mesh_axes] for part in spec]
-        split = (math.prod(layout.mesh.shape[a] for a in axes) for axes in over)
-        shapes.append(tuple(size // parts for size, parts in zip(weight.shape, split, strict=True)))
+        shapes.append(local_shape(layout, weight, spec, mesh_axes))
     return [*shapes, *(shape[1:] for shape in shapes)] if weight.axes[:1] == ("layers",) else shapes
+
+
+def local_shape(layout: Layout, tensor: Tensor, spec: P, joined: Sequence[str] = ()) -> tuple[int, ...]:
+    """The part of a tensor with this sharding on one device, once it is no longer split over the mesh axes `joined`."""
+    over = [[axis for axis in axis_names(part) if axis not in joined] for part in spec]
+    parts = (math.prod(layout.mesh.shape[axis] for axis in axes) for axes in over)
+    return tuple(size // count for size, count in zip(tensor.shape, parts, strict=True))
 
 
 def _by_rules(mesh_axis: str, layout: Layout) -> list[str]:

@@ -14,6 +14,13 @@ import jax
 Axes = tuple[str | None, ...]
 
 
+class Tensor(NamedTuple):
+    """A parameter, or an activation: its logical axes and its whole shape."""
+
+    axes: Axes
+    shape: tuple[int, ...]
+
+
 class Scope(NamedTuple):
     """One named scope of an operation."""
 

@@ -68,8 +68,17 @@ class _Place:
     def pad(self, table: Array) -> Array:
         """The table whole but for its vocabulary, with rows added until the vocabulary's mesh axes divide it."""
         if self.padded_size > self.vocab_size:
+            if self.layout is not None and zero.is_gathered_at_use(self.layout, TABLE, table.shape):
+                # At rest its columns are split, over the vocabulary's mesh axes too. Those of each device are gathered
+                # first, so that XLA finds its way from columns to rows: by an all-to-all.
+                table = pin(table, self.layout, self._split_columns(table.shape))
             table = jnp.pad(table, ((0, self.padded_size - self.vocab_size), (0, 0)))
         return table if self.layout is None else pin(table, self.layout, self.table_spec())
+
+    def _split_columns(self, shape: tuple[int, ...]) -> P:
+        """Where the table lies at rest but for what ZeRO has spread of it."""
+        at_rest = [axis_names(part) for part in zero.state_spec(self.layout, TABLE, shape)]
+        return P(*[tuple(axis for axis in part if axis in self.vocab_axes) or None for part in at_rest])
 
     def reduce_spec(self, embed_dim: int) -> P:
         """Where the gradient of the padded table is reduced to: as `zero.gradient_spec` says, where it can be reached.

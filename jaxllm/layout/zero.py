@@ -91,8 +91,12 @@ def reduced_once(layout: Layout, specs: Iterable[P]) -> tuple[str, ...]:
 
 def is_gathered_at_use(layout: Layout, axes: Sequence[str | None], shape: Sequence[int]) -> bool:
     """True for the weights that stage 3 gathers layer by layer."""
-    elements = math.prod(size for name, size in zip(axes, shape, strict=True) if name != "layers")
-    return layout.zero_stage == 3 and elements >= SMALL
+    return layout.zero_stage == 3 and elements_a_layer(axes, shape) >= SMALL
+
+
+def elements_a_layer(axes: Sequence[str | None], shape: Sequence[int]) -> int:
+    """Elements of a weight, of one layer where it is stacked."""
+    return math.prod(size for name, size in zip(axes, shape, strict=True) if name != "layers")
 
 
 def step_spec(layout: Layout, axes: Sequence[str | None], shape: Sequence[int]) -> P:

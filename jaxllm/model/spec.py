@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxllm.layout.scope import Tensor, map_leaves
 from jaxllm.model.attention_backends import KEY_AXES, QUERY_AXES
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.transformer import RESIDUAL, WHOLE, Transformer
@@ -33,6 +34,11 @@ class _Fields(NamedTuple):
 
 class ModelSpec(_Fields):
     """What everything outside the model needs to know of it."""
+
+    @cached_property
+    def parameters(self) -> dict[str, Tensor]:
+        """Each parameter by its path: "layers.attention.query.kernel"."""
+        return map_leaves(lambda shape, axes: Tensor(axes, shape.shape), self.shapes, self.axes)
 
     @cached_property
     def num_parameters(self) -> int:

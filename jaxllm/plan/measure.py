@@ -6,6 +6,7 @@ every layout does, so that the peak of the memory is its own.
 
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -16,6 +17,7 @@ import numpy as np
 
 from jaxllm.data.batch import Batch
 from jaxllm.errors import UserError
+from jaxllm.layout.compile_check import compile_checked
 from jaxllm.layout.layout import Layout, make_layout
 from jaxllm.model.spec import model_spec
 from jaxllm.steps import STEPS
@@ -54,7 +56,9 @@ def measure(config: Config, num_devices: int, steps: int = 3) -> Measurement:
     batch = synthetic_batch(config, layout)
     started = time.perf_counter()
     traced = make_train_step(STEPS[config.train_step], spec, optimizer, schedule, config, layout).trace(state, batch)
-    step = traced.lower().compile()
+    step = compile_checked(
+        traced.lower(), layout, spec.parameters, allow_replication=config.layout.allow_replication, warn=_warn
+    )
     compiled = time.perf_counter()
     state, metrics = step(state, batch)
     jax.block_until_ready(metrics)
@@ -71,6 +75,10 @@ def measure(config: Config, num_devices: int, steps: int = 3) -> Measurement:
         peak_bytes=(devices[0].memory_stats() or {}).get("peak_bytes_in_use"),
         device=devices[0].device_kind,
     )
+
+
+def _warn(message: str) -> None:
+    print(message, file=sys.stderr)
 
 
 def synthetic_batch(config: Config, layout: Layout) -> Batch:

@@ -6,21 +6,19 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import NamedSharding
 
 from jaxllm.data.batch import Batch
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.data.tokenizer_training import parse_tokenizer
 from jaxllm.errors import UserError
-from jaxllm.layout.hlo_source import Tensor
 from jaxllm.layout.layout import Layout, make_layout
-from jaxllm.layout.scope import map_leaves
+from jaxllm.layout.scope import Tensor
 from jaxllm.model.spec import ACTIVATIONS, ModelSpec, model_spec
 from jaxllm.steps import STEPS
 from jaxllm.train.config import Config
 from jaxllm.train.optimizer import make_optimizer, make_schedule
 from jaxllm.train.state import TrainState, abstract_state
-from jaxllm.train.train_step import make_train_step
+from jaxllm.train.train_step import abstract_batch, make_train_step
 
 
 class _Fields(NamedTuple):
@@ -41,11 +39,6 @@ class Program(_Fields):
         optimizer, schedule = _optimizer(config, self.spec), make_schedule(config.optimizer, config.train.steps)
         step = make_train_step(STEPS[config.train_step], self.spec, optimizer, schedule, config, self.layout)
         return step.trace(self.state, self.batch).lower()
-
-    @property
-    def parameters(self) -> dict[str, Tensor]:
-        """Each parameter by its path."""
-        return parameters(self.spec)
 
     @property
     def activations(self) -> dict[str, Tensor]:
@@ -73,11 +66,6 @@ class Program(_Fields):
         return layout.num_microbatches * layout.virtual_stages if layout.num_stages > 1 else 0
 
 
-def parameters(spec: ModelSpec) -> dict[str, Tensor]:
-    """Each parameter of a model by its path, with its logical axes."""
-    return map_leaves(lambda shape, axes: Tensor(axes, shape.shape), spec.shapes, spec.axes)
-
-
 def make_program(config: Config, devices: Sequence[jax.Device] | None = None) -> Program:
     """The train step of `config` on `devices` (default: all); nothing is traced yet.
 
@@ -90,7 +78,7 @@ def make_program(config: Config, devices: Sequence[jax.Device] | None = None) ->
         config.mesh, config.layout, reduce_dtype=config.precision.gradients, devices=devices and list(devices)
     )
     state = abstract_state(spec, _optimizer(config, spec), layout, config.precision.compute)
-    return Program(dataclasses.replace(config, model=model), spec, layout, state, _batch(config, layout))
+    return Program(dataclasses.replace(config, model=model), spec, layout, state, abstract_batch(config, layout))
 
 
 def lower_train_step(config: Config, devices: Sequence[jax.Device] | None = None) -> jax.stages.Lowered:
@@ -100,13 +88,6 @@ def lower_train_step(config: Config, devices: Sequence[jax.Device] | None = None
 
 def _optimizer(config: Config, spec: ModelSpec) -> Any:
     return make_optimizer(config.optimizer, config.train.steps, spec.axes)
-
-
-def _batch(config: Config, layout: Layout) -> Batch:
-    place = NamedSharding(layout.mesh, layout.spec(("batch", None)))
-    shape = (config.data.batch_size, config.data.length or config.model.max_length)
-    int32, boolean = (jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in ("int32", "bool"))
-    return Batch(int32, int32, int32, boolean)
 
 
 def _vocab_size(config: Config) -> int:

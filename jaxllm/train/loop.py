@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxllm.data.dataset import Dataset, prepare
 from jaxllm.errors import UserError
+from jaxllm.layout.compile_check import compile_checked
 from jaxllm.layout.layout import Layout, make_layout
 from jaxllm.layout.mesh import in_order
 from jaxllm.model.spec import model_spec
@@ -29,7 +30,7 @@ from jaxllm.train.resume import differences, refuse_breaking
 from jaxllm.train.start import data_config, describe_run
 from jaxllm.train.state import abstract_state, init_state
 from jaxllm.train.step_trace import StepTrace
-from jaxllm.train.train_step import make_eval_step, make_train_step
+from jaxllm.train.train_step import abstract_batch, make_eval_step, make_train_step
 
 DONE, FAILED, PREEMPTED = 0, 1, 75
 
@@ -84,10 +85,23 @@ def train(
         schedule = make_schedule(config.optimizer, config.train.steps)
         optimizer = make_optimizer(config.optimizer, config.train.steps, spec.axes)
 
-        # State: restored, or fresh from the seed.
+        # The steps. What the compiler makes of the layout is checked before any step runs.
         abstract = abstract_state(spec, optimizer, layout, config.precision.compute)
         for line in [*data.describe(), *describe_run(config, spec, layout, abstract, data)]:
             report.say(line)
+        step_function = STEPS[config.train_step]
+        train_step = compile_checked(
+            make_train_step(step_function, spec, optimizer, schedule, config, layout)
+            .trace(abstract, abstract_batch(config, layout))
+            .lower(),
+            layout,
+            spec.parameters,
+            allow_replication=config.layout.allow_replication,
+            warn=report.say,
+        )
+        eval_step = make_eval_step(step_function, spec, config, layout)
+
+        # State: restored, or fresh from the seed.
         restored = checkpoints.restore(abstract)
         start, tokens_hash = 0, 0
         if restored is None:
@@ -98,10 +112,7 @@ def train(
             report.say(f"resumed at step {start}, parameter hash {restored.run['parameter_hash']} as saved")
         _write_run(config, data, workdir)
 
-        # The compiled steps. Their first call compiles.
-        step_function = STEPS[config.train_step]
-        train_step = make_train_step(step_function, spec, optimizer, schedule, config, layout)
-        eval_step = make_eval_step(step_function, spec, config, layout)
+        # What watches the run.
         tokens_a_step = config.data.batch_size * length
         monitor = Monitor(workdir, report, spec, tokens_a_step, length, start, nonfinite=int(state.nonfinite))
         stack.callback(monitor.close)

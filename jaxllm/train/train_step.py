@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from jaxllm.data.batch import Batch
 from jaxllm.layout.layout import Layout, as_dtype, use_layout
 from jaxllm.layout.scope import tensor_scope
 from jaxllm.model.dropout import dropout_key
@@ -79,6 +80,15 @@ def make_train_step(
         return new, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
     return _compiled(train_step, layout, abstract_state(spec, optimizer, layout, config.precision.compute))
+
+
+def abstract_batch(config: Config, layout: Layout) -> Batch:
+    """The batch of a step as `jax.ShapeDtypeStruct`s with the sharding that the loader gives it."""
+    shape = (config.data.batch_size, config.data.length or config.model.max_length)
+    int32, boolean = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding("batch", None)) for dtype in (jnp.int32, jnp.bool)
+    )
+    return Batch(int32, int32, int32, boolean)
 
 
 def _compiled(train_step: Callable, layout: Layout, abstract: TrainState) -> Callable:
