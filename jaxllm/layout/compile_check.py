@@ -84,11 +84,10 @@ def _rematerialised(said: str, source: Source, layout: Layout, parameters: Mappi
         named = scopes(name[1]) if name else []
         tensor = next((scope.tensor for scope in named if scope.tensor), "")
         axes = next((scope.axes for scope in named), ())
-        if not named:  # an operation that XLA made itself: the shape is that of one device's part
-            shape = tuple(int(size) for size in match["shape"].split(",") if size)
-            tensor = "+".join(path for path, w in parameters.items() if shape in _at_rest(layout, w))
+        if not named:
+            tensor = _unnamed(name[1] if name else "", match["shape"], layout, parameters)
             axes = parameters[tensor].axes if tensor in parameters else ()
-        line = source.line(int(frame[1])) if frame else source.line_of(tensor)
+        line = (source.line(int(frame[1])) if frame else "") or source.line_of(tensor)
         split = [axis for axis in axes if layout.mesh_axes(axis)]
         way_out = (
             f"leave '{split[-1]}' whole (--config.layout.rule_overrides={split[-1]}=none)"
@@ -102,6 +101,18 @@ def _rematerialised(said: str, source: Source, layout: Layout, parameters: Mappi
             f"{match['source']} to {match['target']}.\nMake the dimensions divide the mesh, {way_out}",
         )
     return list(found.values())
+
+
+def _unnamed(op_name: str, shape: str, layout: Layout, parameters: Mapping[str, Tensor]) -> str:
+    """The parameter of an operation outside any scope: an argument of the program, or one that XLA made itself.
+
+    An argument is named like "state.params['embedding']['table']"; of the rest the shape of one device's part is known.
+    """
+    argument = ".".join(re.findall(r"\[\\?'(\w+)\\?'\]", op_name))
+    if argument in parameters:
+        return argument
+    local = tuple(int(size) for size in shape.split(",") if size)
+    return "+".join(path for path, weight in parameters.items() if local in _at_rest(layout, weight))
 
 
 def _not_spread(layout: Layout, parameters: Mapping[str, Tensor]) -> list[Finding]:
