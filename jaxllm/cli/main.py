@@ -17,6 +17,7 @@ VERBS = {
     "chat": "talk with a model in the terminal",
     "evaluate": "loss, perplexity and bits per character of files",
     "layouts": "every layout of a model on N devices: legal, measured",
+    "explain": "where each tensor lies under a layout, and what each collective is for",
 }
 
 HELP = """\

@@ -62,11 +62,11 @@ def make_train_step(
         )
         weight = jnp.maximum(summed.weight, 1)
         gradients = jax.tree.map(lambda g: g * (tokens / (weight * state.loss_scale)), summed.gradients)
-        with tensor_scope(
-            "gradient_norm", *jax.tree.leaves(spec.axes, is_leaf=lambda a: isinstance(a, tuple)), ("state",)
-        ):
+        every_axis = [*jax.tree.leaves(spec.axes, is_leaf=lambda a: isinstance(a, tuple)), ("state",)]
+        with tensor_scope("gradient_norm", *every_axis):
             norm = optax.tree.norm(gradients)
-        new = _update(optimizer, config.optimizer.clip_norm, state, gradients, norm)
+        with tensor_scope("optimizer", *every_axis):
+            new = _update(optimizer, config.optimizer.clip_norm, state, gradients, norm)
         if compute == jnp.float16:
             new = _rescale(state, new, jnp.isfinite(norm))
         metrics = {

@@ -119,10 +119,10 @@ def test_measured(experiment, capsys, monkeypatch):
     rows = [line for line in said.out.splitlines() if not line.startswith("failed")]
     assert "tokens/s" in rows[0]
     speeds = [float(row.split()[0].replace(",", "")) for row in rows[1:] if row.split()[0][0].isdigit()]
-    assert len(speeds) == 3 and speeds == sorted(speeds, reverse=True) and min(speeds) > 0
+    assert len(speeds) == 4 and speeds == sorted(speeds, reverse=True) and min(speeds) > 0
     assert "failed: the process ended with exit code 3\n    --config.mesh.model=2" in said.out
     assert "] failed: the process ended with exit code 3  --config.mesh.model=2" in said.err
-    assert "[4/4]" in said.err
+    assert "[5/5]" in said.err
 
 
 def ends_where_model_is_split(config, num_devices, steps):
