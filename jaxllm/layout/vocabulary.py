@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxllm.layout import zero
-from jaxllm.layout.layout import Layout, axis_names, current_layout, on_each_device, pin
+from jaxllm.layout.layout import Axes, Layout, axis_names, current_layout, on_each_device, pin
 
 TABLE = ("vocab", "embed")
 # Float32 logits that a device holds at a time while it computes the loss.
@@ -33,17 +33,21 @@ def weight_dtype(axes: Sequence[str | None], compute: jnp.dtype) -> jnp.dtype:
 
 
 class _Place:
-    """What one device needs to know: the mesh axes of the vocabulary and of the batch, and its rows of the table."""
+    """What one device needs to know: the mesh axes of the vocabulary and of the batch, and its rows of the table.
 
-    def __init__(self, layout: Layout | None, vocab_size: int):
-        self.layout, self.vocab_size = layout, vocab_size
+    Args:
+      axes: of the table. What is said of a vocabulary holds for whatever its rows are, the positions of tokens too.
+    """
+
+    def __init__(self, layout: Layout | None, vocab_size: int, axes: Axes = TABLE):
+        self.layout, self.vocab_size, self.axes = layout, vocab_size, axes
         if layout:
-            layout.spec(("batch", "length", "vocab"))  # refuses a mesh axis that splits tokens and vocabulary alike
-        self.vocab_axes = layout.mesh_axes("vocab") if layout else ()
+            layout.spec(("batch", "length", axes[0]))  # refuses a mesh axis that splits tokens and vocabulary alike
+        self.vocab_axes = layout.mesh_axes(axes[0]) if layout else ()
         self.batch_axes = layout.mesh_axes("batch") if layout else ()
         self.length_axes = layout.mesh_axes("length") if layout else ()
         self.token_axes = (*self.batch_axes, *self.length_axes)
-        shards = layout.size("vocab") if layout else 1
+        shards = layout.size(axes[0]) if layout else 1
         self.padded_size = math.ceil(vocab_size / shards) * shards
         self.rows = self.padded_size // shards
 
@@ -68,7 +72,7 @@ class _Place:
     def pad(self, table: Array) -> Array:
         """The table whole but for its vocabulary, with rows added until the vocabulary's mesh axes divide it."""
         if self.padded_size > self.vocab_size:
-            if self.layout is not None and zero.is_gathered_at_use(self.layout, TABLE, table.shape):
+            if self.layout is not None and zero.is_gathered_at_use(self.layout, self.axes, table.shape):
                 # At rest its columns are split, over the vocabulary's mesh axes too. Those of each device are gathered
                 # first, so that XLA finds its way from columns to rows: by an all-to-all.
                 table = pin(table, self.layout, self._split_columns(table.shape))
@@ -77,7 +81,7 @@ class _Place:
 
     def _split_columns(self, shape: tuple[int, ...]) -> P:
         """Where the table lies at rest but for what ZeRO has spread of it."""
-        at_rest = [axis_names(part) for part in zero.state_spec(self.layout, TABLE, shape)]
+        at_rest = [axis_names(part) for part in zero.state_spec(self.layout, self.axes, shape)]
         return P(*[tuple(axis for axis in part if axis in self.vocab_axes) or None for part in at_rest])
 
     def reduce_spec(self, embed_dim: int) -> P:
@@ -87,7 +91,9 @@ class _Place:
         """
         if self.layout is None:
             return P(None, None)
-        wanted = [axis_names(part) for part in zero.gradient_spec(self.layout, TABLE, (self.padded_size, embed_dim))]
+        wanted = [
+            axis_names(part) for part in zero.gradient_spec(self.layout, self.axes, (self.padded_size, embed_dim))
+        ]
         scattered = [tuple(axis for axis in axes if axis in self.token_axes) for axes in wanted]
         return P((*self.vocab_axes, *scattered[0]) or None, scattered[1] or None)
 
@@ -104,19 +110,20 @@ class _Place:
 
     def finish_table(self, gradient: Array, dtype: jnp.dtype) -> Array:
         """The padded table's gradient as that of the table itself."""
-        return zero.reduce_gradient(self.layout, gradient[: self.vocab_size], TABLE, dtype)
+        return zero.reduce_gradient(self.layout, gradient[: self.vocab_size], self.axes, dtype)
 
 
 def lookup(
-    table: Float[Array, "vocab embed"], tokens: Int[Array, "batch length"], dtype: jnp.dtype
+    table: Float[Array, "vocab embed"], tokens: Int[Array, "batch length"], dtype: jnp.dtype, axes: Axes = TABLE
 ) -> Float[Array, "batch length embed"]:
-    """Rows of the embedding table, in `dtype`. Token ids must lie in the vocabulary."""
-    return _lookup(current_layout(), jnp.dtype(dtype).name, table.shape[0], table.dtype.name, table, tokens)
+    """Rows of a table of logical `axes`, in `dtype`. Token ids, or what else counts the rows, must lie in the table."""
+    what = (jnp.dtype(dtype).name, table.shape[0], table.dtype.name, axes)
+    return _lookup(current_layout(), *what, table, tokens)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _lookup(layout, dtype, vocab_size, table_dtype, table, tokens):
-    place = _Place(layout, vocab_size)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _lookup(layout, dtype, vocab_size, table_dtype, axes, table, tokens):
+    place = _Place(layout, vocab_size, axes)
 
     def local(table, tokens):
         row = tokens - place.first_row()
@@ -130,12 +137,12 @@ def _lookup(layout, dtype, vocab_size, table_dtype, table, tokens):
     return place.run(local, specs, place.tokens_spec(None), place.pad(table), tokens)
 
 
-def _lookup_forward(layout, dtype, vocab_size, table_dtype, table, tokens):
-    return _lookup(layout, dtype, vocab_size, table_dtype, table, tokens), tokens
+def _lookup_forward(layout, dtype, vocab_size, table_dtype, axes, table, tokens):
+    return _lookup(layout, dtype, vocab_size, table_dtype, axes, table, tokens), tokens
 
 
-def _lookup_backward(layout, dtype, vocab_size, table_dtype, tokens, gradient):
-    place = _Place(layout, vocab_size)
+def _lookup_backward(layout, dtype, vocab_size, table_dtype, axes, tokens, gradient):
+    place = _Place(layout, vocab_size, axes)
 
     def local(gradient, tokens):
         row = tokens - place.first_row()

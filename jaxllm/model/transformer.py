@@ -5,12 +5,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxllm.layout import vocabulary
 from jaxllm.layout.layers import run_layers
 from jaxllm.layout.layout import current_layout, reshard
 from jaxllm.layout.rules import RESIDUAL_AXES
 from jaxllm.layout.scope import tensor_scope
 from jaxllm.layout.sequence import to_device_order, token_order
-from jaxllm.layout.weights import small_weight
 from jaxllm.model.attention import Attention, CacheSlots, LayerCache
 from jaxllm.model.cache import KVCache
 from jaxllm.model.config import ModelConfig
@@ -156,7 +156,7 @@ class Transformer(nnx.Module):
         if self.position_embedding is not None:
             table = self.position_embedding
             with tensor_scope(name_of(table), table.axes):
-                x = x + small_weight(table[...], table.axes)[positions].astype(dtype)
+                x = x + vocabulary.lookup(table[...], positions, dtype, table.axes)
         x = _drop(reshard(x, RESIDUAL, WHOLE), self.config.dropout, stream, "embedding")
         turned = self.config.positions == "rope"
         return x, rotation(positions, self.config.head_dim, self.config.rope_theta) if turned else None

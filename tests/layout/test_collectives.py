@@ -122,6 +122,10 @@ def test_small_weights_are_gathered_once_and_their_gradients_reduced_once(shape)
         assert reductions[small] == (number * LAYERS + once.get(small, 0)) * shape.num_microbatches
     for small, number in once.items():
         assert gathers[small] == number
+    # A position table's gradient is scattered as it is summed, and no activation is sent for it.
+    scattered = [c.runs for c in found if c.kind == "reduce-scatter" and c.shape == (LENGTH, embed // shape.data)]
+    assert scattered == [shape.num_microbatches]
+    assert not [c for c in found if c.kind == "all-gather" and len(c.shape) == 3 and c.shape[1:] == (LENGTH, embed)]
 
 
 def test_replica_groups_in_every_notation():
