@@ -74,8 +74,10 @@ class _Place:
         if self.padded_size > self.vocab_size:
             if self.layout is not None and zero.is_gathered_at_use(self.layout, self.axes, table.shape):
                 # At rest its columns are split, over the vocabulary's mesh axes too. Those of each device are gathered
-                # first, so that XLA finds its way from columns to rows: by an all-to-all.
-                table = pin(table, self.layout, self._split_columns(table.shape))
+                # first, so that XLA finds its way from columns to rows: by an all-to-all. On CPUs that is permutes,
+                # which every device must meet: a pipeline's first stage, alone with it, gathers the whole table.
+                alone = "pipeline" in self.layout.manual and jax.default_backend() == "cpu"
+                table = pin(table, self.layout, P() if alone else self._split_columns(table.shape))
             table = jnp.pad(table, ((0, self.padded_size - self.vocab_size), (0, 0)))
         return table if self.layout is None else pin(table, self.layout, self.table_spec())
 
