@@ -17,6 +17,7 @@ __all__ = [
     "Action",
     "Schedule",
     "Task",
+    "check_name",
     "forward_only",
     "from_rows",
     "gpipe",
@@ -140,19 +141,25 @@ def make_schedule(name: str, num_stages: int, num_microbatches: int, virtual_sta
         (file:line), or a table that is wrong (tick, stage and microbatch).
     """
     arguments = (num_stages, num_microbatches, virtual_stages)
-    makers = {**SCHEDULES, FORWARD_ONLY: forward_only}
     if is_named(name):
         schedule = call_named("config.layout.schedule", name, *arguments)
         _check_returned(name, schedule, *arguments)
-    elif name in makers:
-        schedule = makers[name](*arguments)
+    elif name == FORWARD_ONLY:
+        schedule = forward_only(*arguments)
     else:
+        check_name(name)
+        schedule = SCHEDULES[name](*arguments)
+    check_schedule(schedule)
+    return schedule
+
+
+def check_name(name: str) -> None:
+    """Whether a config may name this schedule for training. Raises a UserError if not."""
+    if not is_named(name) and name not in SCHEDULES:
         raise UserError(
             f"config.layout.schedule={name!r} is no schedule. {did_you_mean(name, SCHEDULES)} "
             "One of your own is FILE.py:NAME."
         )
-    check_schedule(schedule)
-    return schedule
 
 
 def _check_returned(name: str, schedule: object, num_stages: int, num_microbatches: int, virtual_stages: int) -> None:

@@ -12,7 +12,7 @@ from jaxllm.layout.check_rules import check_rules
 from jaxllm.layout.layout import Layout
 from jaxllm.layout.mesh import mesh_shape
 from jaxllm.layout.named import is_named
-from jaxllm.layout.rules import Rules, make_rules, own_rows, parse_overrides
+from jaxllm.layout.rules import LOGICAL_AXES, Rules, make_rules, own_rows, parse_overrides
 from jaxllm.layout.stages import make_stages
 from jaxllm.model.attention_backends import choose_backend
 from jaxllm.model.spec import ACTIVATIONS, model_spec
@@ -233,6 +233,7 @@ def _check_batch(config: Config, rules: Rules, shape: dict[str, int]) -> None:
 def _check_pipeline(config: Config, rules: Rules, shape: dict[str, int]) -> None:
     """The layers against the stages, and the schedule against the microbatches: the table is made, and proved."""
     layout, num_stages = config.layout, shape["pipeline"]
+    schedules.check_name(layout.schedule)
     if num_stages == 1:
         return
     if rules.mesh_axes("layers") != ("pipeline",):
@@ -240,6 +241,13 @@ def _check_pipeline(config: Config, rules: Rules, shape: dict[str, int]) -> None
             f"config.mesh.pipeline={num_stages}, but the rules do not split layers over pipeline alone. "
             "Set --config.mesh.pipeline=1, or leave the row 'layers' as it is."
         )
+    for logical in LOGICAL_AXES:
+        row = rules.mesh_axes(logical)
+        if "pipeline" in row and logical not in ("layers", "state"):
+            raise UserError(
+                f"layout rule '{logical}={'+'.join(row)}': config.mesh.pipeline={num_stages} deals the layers to "
+                f"stages, and each stage has to have all of the axis {logical}. Leave 'pipeline' out of the row."
+            )
     schedules.make_schedule(layout.schedule, num_stages, layout.num_microbatches, layout.virtual_stages)
     make_stages(config.model.num_layers, num_stages, layout.virtual_stages, layout.stage_layers)
 

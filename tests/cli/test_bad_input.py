@@ -130,6 +130,16 @@ LAYOUTS = {  # on 8 devices
     "two -1": ("mesh.model=-1", "only one axis may be -1"),
     "size 0": ("mesh.model=0", "config.mesh.model=0 must be 1 or more, or -1"),
     "pipeline": ("mesh.pipeline=8", "num_layers=2 is less than the 8 stages of the pipeline"),
+    "a schedule without backwards": (
+        "mesh.pipeline=2 --config.layout.schedule=forward_only",
+        "config.layout.schedule='forward_only' is no schedule. Choose from: 1f1b,",
+    ),
+    "unknown pipeline schedule, without a pipeline": ("layout.schedule=1f1", "is no schedule. Did you mean '1f1b'?"),
+    "batch over stages": (
+        "mesh.pipeline=2 --config.layout.rule_overrides=batch=data+pipeline",
+        "layout rule 'batch=data+pipeline': config.mesh.pipeline=2 deals the layers to stages",
+    ),
+    "vocabulary over stages": ("mesh.pipeline=2 --config.layout.rule_overrides=vocab=pipeline", "of the axis vocab."),
     "heads and model": (
         "mesh.model=8",
         "not divisible by config.mesh.model=8, which splits heads. Nearest: num_heads=8; or config.mesh.model=4.",
