@@ -61,6 +61,7 @@ def main(argv: list[str]) -> int:
             program.layout,
             program.spec.parameters,
             allow_replication=config.layout.allow_replication,
+            runs_here=False,
             warn=lambda line: print(line, file=sys.stderr),
         )
         answer["collectives"] = collective_rows(program, compiled)

@@ -25,6 +25,7 @@ class Collective(NamedTuple):
     runs: int  # times a step: the trip counts of the loops around it
     source: str  # the JAX operation it comes from
     frame: int = 0  # its stack frame in the tables at the head of the text; 0 where XLA keeps none
+    in_branch: bool = False  # of a condition, so that some devices may not take part
 
 
 def collectives(hlo: str, mesh: Mesh, branch_runs: int = 0) -> list[Collective]:
@@ -39,7 +40,7 @@ def collectives(hlo: str, mesh: Mesh, branch_runs: int = 0) -> list[Collective]:
         always taken, as on one of the stages it is. 0: as if the branch were taken once in all.
     """
     found = []
-    runs = _runs(hlo, branch_runs)
+    runs, branches = _runs(hlo, branch_runs), _in_branches(hlo)
     for computation, line in _lines(hlo):
         if match := _OPERATION.search(line):
             axes = _mesh_axes(line, mesh)
@@ -52,7 +53,8 @@ def collectives(hlo: str, mesh: Mesh, branch_runs: int = 0) -> list[Collective]:
                 size = math.prod(shape) * DTYPE_BYTES[dtype]
                 # What XLA has combined keeps the name of each part, but the frame of the first only.
                 ours = frame if name == names[0] or i == 0 else 0
-                found.append(Collective(match["kind"], shape, size, axes, runs.get(computation, 1), name, ours))
+                times, in_branch = runs.get(computation, 1), computation in branches
+                found.append(Collective(match["kind"], shape, size, axes, times, name, ours, in_branch))
     return found
 
 
@@ -113,6 +115,24 @@ def _runs(hlo: str, branch_runs: int) -> dict[str, int]:
         return trips * (count(caller) if caller else 1)
 
     return {name: count(name) for name in callers | switches}
+
+
+def _in_branches(hlo: str) -> set[str]:
+    """The computations that are a branch of a condition, or are called from one."""
+    callees: dict[str, list[str]] = {}
+    found, waiting = set(), []
+    for computation, line in _lines(hlo):
+        callees.setdefault(computation, []).extend(re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", line))
+        branches = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line)
+        if several := re.search(r"branch_computations=\{([^}]*)\}", line):
+            branches += re.findall(r"[\w.\-]+", several[1])
+        waiting += branches
+    while waiting:
+        computation = waiting.pop()
+        if computation not in found:
+            found.add(computation)
+            waiting += callees.get(computation, ())
+    return found
 
 
 def _mesh_axes(line: str, mesh: Mesh) -> tuple[str, ...]:

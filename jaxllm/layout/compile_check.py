@@ -1,8 +1,9 @@
-"""Compiles a program, and refuses what the compiler made of it against the layout: tensors whole by accident.
+"""Compiles a program, and refuses what the compiler made of it: tensors whole by accident, a wait without end.
 
-Two things are looked for. XLA's partitioner, where it knows no way from one sharding to another, gathers the tensor
-whole on every device and cuts it up again (it logs an "involuntary full rematerialization"); and a parameter may have
-no dimension that the mesh axes divide which should spread it at rest, so that each device keeps all of it.
+Two things about memory are looked for. XLA's partitioner, where it knows no way from one sharding to another, gathers
+the tensor whole on every device and cuts it up again (it logs an "involuntary full rematerialization"); and a parameter
+may have no dimension that the mesh axes divide which should spread it at rest, so that each device keeps all of it. And
+where the partitioner puts a permute into a stage of a pipeline, CPUs would wait there for ever.
 
 What the partitioner says is read from the stderr of this process. TF_CPP_MIN_LOG_LEVEL=2 or more silences it, and a
 program that JAX's persistent cache holds is not partitioned again: so one that was found faulty here is not left there.
@@ -22,7 +23,8 @@ import jax
 
 from jaxllm.errors import UserError
 from jaxllm.layout import zero
-from jaxllm.layout.hlo_source import Source, local_shape
+from jaxllm.layout.collectives import collectives
+from jaxllm.layout.hlo_source import Source, causes, local_shape
 from jaxllm.layout.layout import Layout, axis_names
 from jaxllm.layout.rules import describe
 from jaxllm.layout.scope import Tensor, scopes
@@ -47,6 +49,7 @@ def compile_checked(
     parameters: Mapping[str, Tensor],
     *,
     allow_replication: bool = False,
+    runs_here: bool = True,
     warn: Callable[[str], object] = print,
 ) -> jax.stages.Compiled:
     """Compiles, and checks the result.
@@ -54,10 +57,12 @@ def compile_checked(
     Args:
       parameters: shapes and logical axes by path.
       allow_replication: `warn` of each finding instead of refusing it.
+      runs_here: the devices of the layout are those that will run it, and do not stand in for others.
 
     Raises:
-      UserError: a tensor that XLA gathers whole on its way from one sharding to another, or a parameter that ZeRO
-        could not spread. It names the tensor, the line of the model and the way out.
+      UserError: a tensor that XLA gathers whole on its way from one sharding to another, a parameter that ZeRO could
+        not spread, or a program that CPUs would never finish. It names the tensor, the line of the model and the way
+        out.
     """
     with _without_caching_refused() as refused:
         with captured_stderr() as said:
@@ -72,7 +77,32 @@ def compile_checked(
     if found and not allow_replication:
         more = f" (and {len(found) - 1} more like it)" if len(found) > 1 else ""
         raise UserError(f"{found[0].message}, {ACCEPT}{more}.")
+    if runs_here:
+        _check_ends(compiled, layout, parameters)
     return compiled
+
+
+def _check_ends(compiled: jax.stages.Compiled, layout: Layout, parameters: Mapping[str, Tensor]) -> None:
+    """Refuses a program that waits for ever on CPUs: there all devices have to meet at a collective-permute.
+
+    In a branch of a pipeline's schedule they do not: other stages are idle, or do something else.
+    """
+    if layout.num_stages == 1 or layout.mesh.devices.flat[0].platform != "cpu":
+        return
+    hlo = compiled.as_text()
+    waits = lambda c: c.kind == "collective-permute" and c.in_branch  # noqa: E731
+    if not any(map(waits, collectives(hlo, layout.mesh))):
+        return
+    for cause in causes(hlo, layout, parameters, {}):
+        if waits(cause.collective):
+            axes = [axis for axis in cause.logical_axes if layout.mesh_axes(axis)]
+            leave = f"leave '{axes[-1]}' whole (--config.layout.rule_overrides={axes[-1]}=none), " if axes else ""
+            over = "+".join(cause.collective.mesh_axes)
+            raise UserError(
+                f"{cause.tensor or 'a tensor'}{_at(cause.line)}: XLA sends it over {over} by a "
+                "collective-permute inside a pipeline stage. On CPUs that waits for all devices, for ever.\n"
+                f"Make the dimensions divide the mesh, {leave}use --config.mesh.pipeline=1, or GPUs, which do not wait."
+            )
 
 
 def _rematerialised(said: str, source: Source, layout: Layout, parameters: Mapping[str, Tensor]) -> list[Finding]:

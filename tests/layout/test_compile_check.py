@@ -141,6 +141,42 @@ def test_the_train_step_without_that_way_is_refused(monkeypatch):
         compile_checked(lowered(GPT2, layout), layout, model_spec(GPT2).parameters)
 
 
+STAGES = make_layout(MeshConfig(pipeline=2, data=2, model=2), LayoutConfig())
+
+
+def permuted(in_branch: bool):
+    """A weight passed around `model`, by all devices or by those of one stage alone."""
+
+    def around(w):
+        with tensor_scope("layers.w.kernel", ("embed", "mlp")):
+            return jax.lax.ppermute(w, "model", [(0, 1), (1, 0)])
+
+    def local(w):
+        return jax.lax.cond(jax.lax.axis_index("pipeline") == 0, around, jnp.sin, w) if in_branch else around(w)
+
+    place = P("pipeline", "model")
+    step = jax.shard_map(local, mesh=STAGES.mesh, in_specs=place, out_specs=place, check_vma=False)
+    return jax.jit(step).lower(jax.ShapeDtypeStruct((16, 16), jnp.float32, sharding=NamedSharding(STAGES.mesh, place)))
+
+
+def test_a_permute_inside_a_stage_is_refused_on_cpus():
+    """There it waits for the devices of all stages, and aborts the process after 40 seconds."""
+    compile_checked(permuted(in_branch=False), STAGES, W)
+    compile_checked(permuted(in_branch=True), STAGES, W, runs_here=False)  # `jaxllm explain` for GPUs
+    with pytest.raises(UserError, match=r"^layers\.w\.kernel: XLA sends it over model") as error:
+        compile_checked(permuted(in_branch=True), STAGES, W, allow_replication=True)
+    assert "leave 'mlp' whole (--config.layout.rule_overrides=mlp=none)" in str(error.value)
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_the_pipelines_own_permutes_are_outside_the_stages(monkeypatch):
+    """Ring attention and an odd vocabulary at stage 3, which would be permutes, are played by gathers there."""
+    monkeypatch.setattr(zero, "SMALL", 256)
+    fields = LayoutConfig(zero_stage=3, num_microbatches=4, sequence_parallel=True)
+    layout = make_layout(MeshConfig(pipeline=2, data=1, context=2, model=2), fields)
+    compile_checked(lowered(GPT2, layout), layout, model_spec(GPT2).parameters)
+
+
 def test_stderr_is_read_and_shown(capfd):
     with captured_stderr() as said:
         os.write(2, b"from C++\n")
