@@ -185,10 +185,11 @@ class _Executor:
                 total, weight = jax.lax.psum((end.total, end.weight), everywhere)
             gradients = end.weight_gradients
             if gradients is not None:
-                gradients = self.each(
-                    lambda g, _, layered: jax.lax.psum(g[None], self.once) if layered else jax.lax.psum(g, everywhere),
-                    gradients,
-                )
+
+                def summed(g: Array, _: tuple, layered: bool) -> Array:
+                    return zero.sum_once(g[None], self.once) if layered else zero.sum_once(g, everywhere)
+
+                gradients = self.each(summed, gradients)
             return total, weight, gradients, end.executed[None]
 
     def each(self, f: Callable[[Array, tuple, bool], Array], leaves: list[Array]) -> list[Array]:

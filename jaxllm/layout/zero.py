@@ -89,6 +89,16 @@ def reduced_once(layout: Layout, specs: Iterable[P]) -> tuple[str, ...]:
     return tuple(axis for axis in layout.mesh_axes("batch") if axis not in taken)
 
 
+def sum_once(g: Array, mesh_axes: tuple[str, ...]) -> Array:
+    """The gradient of code that is manual over `mesh_axes`, summed over them.
+
+    XLA's CPU backend aborts on a bfloat16 all-reduce in a region that is manual over some mesh axes only ("Invalid
+    binary instruction opcode copy"), so there it is summed in float32 and rounded once.
+    """
+    wide = jnp.float32 if jax.default_backend() == "cpu" else g.dtype
+    return jax.lax.psum(g.astype(wide), mesh_axes).astype(g.dtype)
+
+
 def is_gathered_at_use(layout: Layout, axes: Sequence[str | None], shape: Sequence[int]) -> bool:
     """True for the weights that stage 3 gathers layer by layer."""
     return layout.zero_stage == 3 and elements_a_layer(axes, shape) >= SMALL

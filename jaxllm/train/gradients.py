@@ -84,7 +84,7 @@ def loss_and_gradients(
 def _sum(mesh_axes: tuple[str, ...], sums: Gradients, axes: Tree) -> Gradients:
     with tensor_scope("loss", ("batch", "length")):
         total, weight = jax.lax.psum((sums.total, sums.weight), mesh_axes)
-    return Gradients(total, weight, map_named(lambda g, _: jax.lax.psum(g, mesh_axes), sums.gradients, axes))
+    return Gradients(total, weight, map_named(lambda g, _: zero.sum_once(g, mesh_axes), sums.gradients, axes))
 
 
 def _reduced_once(layout: Layout | None, params: Tree, axes: Tree) -> tuple[str, ...]:

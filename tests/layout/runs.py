@@ -143,7 +143,7 @@ def run(model: ModelConfig, layout: Layout, steps: int = STEPS_TAKEN, compute: s
 def train(model: ModelConfig, layout: Layout, steps: int, compute: str = "float32") -> Trained:
     """Trains for a few steps, each on its own batch."""
     spec, optimizer, schedule, first = parts(model)
-    config = dataclasses.replace(FLOAT32, precision=PrecisionConfig(compute=compute))
+    config = dataclasses.replace(FLOAT32, precision=PrecisionConfig(compute=compute, gradients=layout.reduce_dtype))
     if compute == "float16":
         first = first._replace(loss_scale=np.float32(FIRST_LOSS_SCALE))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(spec, optimizer, layout))

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from jaxllm.layout import zero
+from jaxllm.layout.config import LayoutConfig, MeshConfig
+from jaxllm.layout.layout import make_layout
 from jaxllm.train.state import init_state
 from tests.layout.runs import GPT2, LLAMA, Shape, all_shapes, canonical, parts, reference, run
 
@@ -76,6 +78,19 @@ def test_half_precision_within_rounding(compute, loss_tolerance, norm_tolerance)
         np.testing.assert_allclose(laid_out[:, column], alone[:, column], rtol=tolerance)
         np.testing.assert_allclose(alone[:, column], reference(GPT2)[:, column], rtol=tolerance)
     assert not np.array_equal(alone, reference(GPT2))
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_gradients_in_bfloat16(stages):
+    """Reduced over devices and accumulated in bfloat16, with and without a pipeline."""
+    mesh = MeshConfig(pipeline=stages, data=2, model=2)
+    layout = make_layout(
+        mesh, LayoutConfig(num_microbatches=2), reduce_dtype="bfloat16", devices=jax.devices()[: 4 * stages]
+    )
+    rounded, exact = run(LLAMA, layout, 2), reference(LLAMA)[:2]
+    np.testing.assert_allclose(rounded[:, 0], exact[:, 0], rtol=1e-4)
+    np.testing.assert_allclose(rounded[:, 1], exact[:, 1], rtol=2e-2)
+    assert not np.allclose(rounded[:, 1], exact[:, 1], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
