@@ -49,8 +49,13 @@ def check_rules(
         with_path(name, layout.spec, activation)
     for logical in rows:
         mesh_axes = layout.rules.mesh_axes(logical)
-        if mesh_axes and logical not in ACTIVATION_ROWS:
-            _check_row(layout, logical, f"{source}: '{logical}={'+'.join(mesh_axes)}' shards nothing", tensors)
+        if mesh_axes:
+            row = f"{source}: '{logical}={'+'.join(mesh_axes)}' shards nothing"
+            if logical in ACTIVATION_ROWS:
+                having = [f"{name} {describe(a)}" for name, a in (activations or {}).items() if logical in a]
+                _check_sizes(layout, logical, row, next(iter(having), f"the axis {logical}"))
+            else:
+                _check_row(layout, logical, row, tensors)
 
 
 def with_path(path: str, place: Any, *arguments: Any) -> Any:
@@ -67,13 +72,7 @@ def _check_row(layout: Layout, logical: str, row: str, tensors: list[_Tensor]) -
         known = sorted({axis for tensor in tensors for axis in tensor.axes if axis})
         raise UserError(f"{row}: no parameter of this model has the axis {logical}. Its axes are {', '.join(known)}.")
     first = concerned[0]
-    if not layout.mesh_axes(logical):
-        mesh_axes = layout.rules.mesh_axes(logical)
-        sizes = " and ".join(f"config.mesh.{axis}=1" for axis in mesh_axes)
-        raise UserError(
-            f"{row}: {sizes}, so {first} stays whole. "
-            f"Give --config.mesh.{mesh_axes[-1]} more devices, or leave out the row."
-        )
+    _check_sizes(layout, logical, row, str(first))
     if logical == "state":
         _check_state(layout, row, concerned)
     elif logical not in PADDED and not any(_splits(layout, logical, tensor) for tensor in concerned):
@@ -82,6 +81,17 @@ def _check_row(layout: Layout, logical: str, row: str, tensors: list[_Tensor]) -
         raise UserError(
             f"{row}: {sizes} does not divide the axis {logical} of {first}. "
             f"Make it a multiple of {parts}, or leave out the row (--config.layout.rule_overrides={logical}=none)."
+        )
+
+
+def _check_sizes(layout: Layout, logical: str, row: str, tensor: str) -> None:
+    """Whether any of the row's mesh axes has more than one device to split `tensor` over."""
+    if not layout.mesh_axes(logical):
+        mesh_axes = layout.rules.mesh_axes(logical)
+        sizes = " and ".join(f"config.mesh.{axis}=1" for axis in mesh_axes)
+        raise UserError(
+            f"{row}: {sizes}, so {tensor} stays whole. "
+            f"Give --config.mesh.{mesh_axes[-1]} more devices, or leave out the row."
         )
 
 

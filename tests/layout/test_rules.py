@@ -240,10 +240,10 @@ def checked(overrides, zero_stage=1, **sizes):
     "overrides",
     [
         "vocab=none",
-        "batch=replica+data,residual_length=context",
+        "batch=replica+data,residual_length=model",
         "state=replica+data",
         "vocab=none,embed=model,heads=none,kv_heads=none,mlp=none",
-        "length=expert",
+        "batch=data+expert",
     ],
 )
 def test_rules_that_do_something(overrides):
@@ -269,6 +269,12 @@ IN_VAIN = {
         "vocab=replica+model",
         {"data": 8},
         "config.mesh.replica=1 and config.mesh.model=1, so embedding.table [vocab, embed=32] stays whole",
+    ),
+    "an activation over one of size 1": (
+        "residual_length=context",
+        DATA_AND_MODEL,
+        "'residual_length=context' shards nothing: config.mesh.context=1, so the residual stream [batch, "
+        "residual_length, residual_embed] stays whole. Give --config.mesh.context more devices, or leave out the row",
     ),
     "does not divide": (
         "kv_heads=model",
