@@ -83,9 +83,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 def in_order(results: Any) -> Any:
     """Returns what a jitted function returned, once the next program may follow it.
 
-    GPUs run programs in the order of their dispatch. CPUs may run two at once, and Gloo, which joins the processes of a
-    CPU run, cannot tell their collectives apart: they can wait for each other for ever. So there this waits.
+    GPUs run programs in the order of their dispatch. CPUs may run two at once, and with collectives in them those can
+    wait for each other for ever: Gloo, which joins the processes of a run, cannot tell theirs apart; and the virtual
+    devices of a process share a pool with a thread for each, where one program may hold threads that another needs. So
+    with more than one CPU device this waits.
     """
-    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+    if jax.device_count() > 1 and jax.default_backend() == "cpu":
         jax.block_until_ready(results)
     return results
