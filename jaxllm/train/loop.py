@@ -127,7 +127,7 @@ def train(
             batch = next(loader)
             tokens_hash = hash_tokens(batch, tokens_hash)
             trace.before(step, state)
-            state, metrics = in_order(train_step(state, batch))
+            state, metrics = train_step(state, batch)
 
             # The devices have step n; only now wait for the metrics of step n - 1, so that they are never idle.
             if unread:
@@ -137,6 +137,7 @@ def train(
                 if monitor.nonfinite_on_end > config.train.max_nonfinite:
                     report.say(_too_many_nonfinite(unread.step, monitor.nonfinite_on_end, checkpoints.steps()))
                     return FAILED
+            in_order(state)  # after the reading, which takes the time of step n - 1
             unread = Dispatched(step, metrics, tokens_hash)
             if step == start + 1:
                 gc.collect()

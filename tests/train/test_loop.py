@@ -19,7 +19,7 @@ from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.data.tokenizer_training import train_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.train import loop
-from jaxllm.train.metrics import read_metrics
+from jaxllm.train.metrics import Stopwatch, read_metrics
 from jaxllm.train.monitor import Monitor
 from jaxllm.train.optimizer import make_schedule
 
@@ -186,3 +186,13 @@ def test_a_gradient_that_stays_non_finite_ends_the_run(text, tmp_path, capsys, e
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert records[-1]["nonfinite"] == 4 and records[-1]["loss"] is None
     assert "the gradient was not finite for 4 steps on end" in capsys.readouterr().err
+
+
+def test_a_step_is_timed_before_the_next_is_waited_for(text, tmp_path, monkeypatch):
+    """Else two steps would seem to end at once, and the last lap would be too short."""
+    fields = {"train.steps": 3, "optimizer.warmup_steps": 1, "data.held_out": ""}
+    seen, done = [], Stopwatch.step_done
+    monkeypatch.setattr(Stopwatch, "step_done", lambda watch: (seen.append("timed"), done(watch)))
+    monkeypatch.setattr(loop, "in_order", lambda state: (seen.append("waited"), state)[1])
+    assert train(text, tmp_path, **fields) == 0
+    assert seen == ["waited", "timed", "waited", "timed", "waited", "timed"]
