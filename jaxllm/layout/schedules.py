@@ -73,7 +73,8 @@ def one_f_one_b_aligned(num_stages: int, num_microbatches: int, virtual_stages: 
 def interleaved(num_stages: int, num_microbatches: int, virtual_stages: int) -> Schedule:
     """1F1B with v virtual stages on each stage, in groups of P microbatches (Narayanan et al. 2021, Megatron-LM).
 
-    Bubble (P-1)/(vM+P-1) of the step. The first stage keeps 1 + (P-1)/(Pv) times what 1F1B keeps there.
+    Bubble (P-1)/(vM+P-1) of the step. Counted in layers, the first stage keeps 1 + (P-1)/(Pv) times what 1F1B keeps
+    there; of inputs, one for each virtual stage, a stage keeps at most P(v+1)-2.
     """
     if virtual_stages < 2:
         raise UserError(

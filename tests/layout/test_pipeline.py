@@ -73,6 +73,11 @@ def test_zero_bubble_takes_the_memory_of_1f1b():
     assert temporary("zero_bubble", 64) <= 1.15 * temporary("1f1b", 64)
 
 
+def test_interleaved_stays_within_the_memory_of_its_paper():
+    """Narayanan et al. 2021, section 2.2: 1 + (P-1)/(Pv) times that of 1F1B."""
+    assert temporary("interleaved", 64) <= (1 + (STAGES - 1) / (STAGES * 2)) * temporary("1f1b", 64)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_stages_send_one_activation_a_tick_and_direction(schedule):
     layout = pipeline(schedule, 8)

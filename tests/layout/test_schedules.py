@@ -86,6 +86,19 @@ def test_microbatches_in_flight_are_those_of_the_papers():
                 assert first == min(p * (1 + Fraction(p - 1, p * v)), m)
 
 
+def test_inputs_kept_are_those_of_the_readme():
+    """Of the first position none is kept: it comes from the tokens."""
+    for p, m in SIZES:
+        assert report(gpipe(p, m)).num_inputs == (m if p > 1 else 0)
+        assert report(one_f_one_b(p, m)).num_inputs <= p and report(zero_bubble(p, m)).num_inputs <= p
+        assert report(zero_bubble(p, m)).num_gradients <= p
+        assert report(one_f_one_b_aligned(p, m)).num_inputs <= 2 * p - 1
+        for v in (2, 3):
+            if m % p == 0:
+                kept = report(interleaved(p, m, v)).num_inputs
+                assert kept <= p * (v + 1) - 2 and (kept == p * (v + 1) - 2 or m < 2 * p)
+
+
 def test_ticks():
     for p, m in SIZES:
         for maker in (gpipe, one_f_one_b):
