@@ -17,7 +17,7 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     return f"Did you mean '{close[0]}'?" if close else f"Choose from: {', '.join(choices)}."
 
 
-def file_line(source: Path, error: Exception) -> str:
+def file_line(source: Path, error: BaseException) -> str:
     """file:line of an error raised by a Python file of the user's: the deepest line that is the file's own."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(source)]
     if isinstance(error, SyntaxError) and error.filename == str(source):

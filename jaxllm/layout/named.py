@@ -1,6 +1,7 @@
 """Something of the user's own, named in the config as FILE.py:NAME: a schedule, a table of rules."""
 
 import functools
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -29,7 +30,7 @@ def call_named(field: str, reference: str, *arguments: Any) -> Any:
         return function(*arguments)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(_told(field, _split(reference)[0], error)) from error
 
 
@@ -62,18 +63,19 @@ def load_named(field: str, reference: str, kind: type | None = None) -> Any:
         beside = [file.name for file in source.parent.glob("*.py")]
         way_out = did_you_mean(source.name, beside) if beside else f"There is no Python file in {source.parent}."
         raise UserError(f"{field}={reference}: no such file. {way_out}")
-    module = ModuleType(source.stem)
+    module = ModuleType(str(source))
     module.__file__ = str(source)
+    sys.modules[module.__name__] = module  # where a dataclass of the file looks up its own annotations
     try:
         exec(compile(source.read_text(encoding="utf-8"), str(source), "exec"), module.__dict__)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(_told(field, source, error)) from error
     value = getattr(module, name, None)
     is_value = lambda value: kind is not None and isinstance(value, kind)  # noqa: E731
     if not is_value(value) and not callable(value):
-        own = [key for key, v in vars(module).items() if is_value(v) or getattr(v, "__module__", "") == source.stem]
+        own = [key for key, v in vars(module).items() if is_value(v) or getattr(v, "__module__", "") == module.__name__]
         way_out = did_you_mean(name, own) if own else "It defines none at all."
         wanted = f"{kind.__name__} or function" if kind else "function"
         raise UserError(f"{field}={reference}: {source} has no {wanted} '{name}'. {way_out}")
@@ -85,5 +87,5 @@ def _split(reference: str) -> tuple[Path, str]:
     return Path(file + ".py"), name
 
 
-def _told(field: str, source: Path, error: Exception) -> str:
+def _told(field: str, source: Path, error: BaseException) -> str:
     return f"{field}: {file_line(source, error)}: {type(error).__name__}: {' '.join(str(error).split())}"

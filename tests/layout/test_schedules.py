@@ -508,12 +508,23 @@ def test_wrong_schedules_of_the_users_own(user_file, name, message):
         make_schedule(f"{user_file(WRONG_FILE)}:{name}", 2, 2)
 
 
+def test_a_file_with_a_dataclass(user_file):
+    """With its annotations as text, a dataclass looks its module up."""
+    head = "from __future__ import annotations\nimport dataclasses\nfrom jaxllm.layout.schedules import gpipe\n"
+    file = user_file(
+        head + "@dataclasses.dataclass\nclass Sizes:\n    stages: int\ndef f(p, m, v): return gpipe(p, m)\n"
+    )
+    assert make_schedule(f"{file}:f", 2, 2).num_stages == 2
+
+
 def test_files_that_cannot_be_read(user_file):
     for text, message in (
         (f"{user_file('x = (', 'syntax.py')}:f", r"config.layout.schedule: .*syntax.py:1: SyntaxError"),
         (f"{user_file('')}:f".replace("mine", "mien"), r"mien.py:f: no such file. Did you mean 'mine.py'\?"),
         (f"{user_file('x = 1', 'plain.py')}:f", "plain.py has no function 'f'. It defines none at all"),
         (f"{user_file('import nowhere_', 'imports.py')}:f", "imports.py:1: ModuleNotFoundError"),
+        (f"{user_file('raise SystemExit(3)', 'leaves.py')}:f", "leaves.py:1: SystemExit: 3"),
+        (f"{user_file('def f(*_): exit(3)', 'leaves_later.py')}:f", "leaves_later.py:1: SystemExit: 3"),
     ):
         with pytest.raises(UserError, match=message):
             make_schedule(text, 2, 2)
