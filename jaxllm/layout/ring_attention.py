@@ -1,4 +1,4 @@
-"""Causal attention over a sequence that is split over devices: exact, the keys and values come to the queries.
+"""Attention over a sequence that is split over devices: exact, the keys and values come to the queries.
 
 `ring` (Liu et al. 2023): the devices pass their keys and values on around a ring, and each folds what arrives into its
 result by the online softmax (Milakov & Gimelshein 2018). The backward pass goes around once more, and the gradients of
@@ -79,13 +79,18 @@ class OutputGradient(NamedTuple):
 class BlockAttention(Protocol):
     """Attention of some queries to some keys, those that the mask lets them see. Hashable.
 
-    `causal` says that queries and keys are the same tokens, so that keys after a query need not be looked at.
+    `aligned` says that queries and keys are the same tokens, so that those out of sight need not be looked at.
     """
 
-    def forward(self, queries: Queries, keys: Keys, *, causal: bool) -> Attended: ...
+    @property
+    def causal(self) -> bool:
+        """Whether no query sees a later key."""
+        ...
+
+    def forward(self, queries: Queries, keys: Keys, *, aligned: bool) -> Attended: ...
 
     def backward(
-        self, queries: Queries, keys: Keys, gradient: OutputGradient, *, causal: bool
+        self, queries: Queries, keys: Keys, gradient: OutputGradient, *, aligned: bool
     ) -> tuple[Array, tuple[Array, Array]]:
         """Float32 gradients of the query, and of (key, value): this block's part."""
         ...
@@ -100,7 +105,7 @@ def context_attention(
     segment_ids: Int[Array, "batch length"] | None,
     streams: UInt32[Array, " batch"] | None,
 ) -> Float[Array, "batch length heads head_dim"]:
-    """Causal attention with all arguments in device order (layout/sequence.py), by `layout.context_attention`.
+    """Attention with all arguments in device order (layout/sequence.py), by `layout.context_attention`.
 
     Whatever splits the heads must divide the number of kv_heads.
     """
@@ -149,7 +154,7 @@ class _Place:
 
     def forward(self, query, key, value, segment_ids, streams) -> Attended:
         queries, own = self._queries(query, segment_ids, streams), (key, value, segment_ids)
-        attended = self.block.forward(queries, self._keys(own, self._me()), causal=True)
+        attended = self.block.forward(queries, self._keys(own, self._me()), aligned=True)
         fold = functools.partial(self._fold, queries)
         if self.gathers:
             gathered = self._gather(own)
@@ -171,7 +176,7 @@ class _Place:
         queries, own = self._queries(query, segment_ids, streams), (key, value, segment_ids)
         delta = jnp.sum(d_output.astype(jnp.float32) * output.astype(jnp.float32), -1)
         gradient = OutputGradient(d_output, log_z, delta)
-        d_query, d_own = self.block.backward(queries, self._keys(own, self._me()), gradient, causal=True)
+        d_query, d_own = self.block.backward(queries, self._keys(own, self._me()), gradient, aligned=True)
         fold = functools.partial(self._fold_gradients, queries, gradient)
         go_around = self._gathered_gradients if self.gathers else self._ring_gradients
         d_query, d_own = go_around(fold, own, d_query, d_own)
@@ -206,13 +211,15 @@ class _Place:
     def _fold(self, queries: Queries, attended: Attended, held: Any, origin: Array) -> Attended:
         """`attended` with what the queries make of the keys and values of device `origin`."""
         keys = self._keys(held, origin)
+        if not self.block.causal:
+            return _merged(attended, self.block.forward(queries, keys, aligned=False))
         half, length = queries.query.shape[1] // 2, queries.query.shape[1]
 
         def earlier(attended: Attended) -> Attended:
-            return _merged(attended, self.block.forward(queries, keys.part(0, half), causal=False))
+            return _merged(attended, self.block.forward(queries, keys.part(0, half), aligned=False))
 
         def later(attended: Attended) -> Attended:
-            new = self.block.forward(queries.part(half, length), keys, causal=False)
+            new = self.block.forward(queries.part(half, length), keys, aligned=False)
             merged = _merged(Attended(*(a[:, half:] for a in attended)), new)
             return Attended(*(jnp.concatenate([a[:, :half], m], 1) for a, m in zip(attended, merged, strict=True)))
 
@@ -221,15 +228,18 @@ class _Place:
     def _fold_gradients(self, queries: Queries, gradient: OutputGradient, d_query: Array, held: Any, origin: Array):
         """`d_query` with the part of it that comes from device `origin`, and the gradients of what that one holds."""
         keys = self._keys(held, origin)
+        if not self.block.causal:
+            new, d_held = self.block.backward(queries, keys, gradient, aligned=False)
+            return d_query + new, d_held
         half, length = queries.query.shape[1] // 2, queries.query.shape[1]
 
         def earlier(d_query):
-            new, d_held = self.block.backward(queries, keys.part(0, half), gradient, causal=False)
+            new, d_held = self.block.backward(queries, keys.part(0, half), gradient, aligned=False)
             return d_query + new, jax.tree.map(lambda d: jnp.concatenate([d, jnp.zeros_like(d)], 1), d_held)
 
         def later(d_query):
             seeing = queries.part(half, length), keys, gradient.part(half, length)
-            new, d_held = self.block.backward(*seeing, causal=False)
+            new, d_held = self.block.backward(*seeing, aligned=False)
             return jnp.concatenate([d_query[:, :half], d_query[:, half:] + new], 1), d_held
 
         return jax.lax.cond(origin < self._me(), earlier, later, d_query)

@@ -60,6 +60,12 @@ class _Place:
     def tokens_spec(self, *rest: None) -> P:
         return P(self.batch_axes or None, self.length_axes or None, *rest)
 
+    def bias_spec(self) -> P:
+        return P(self.vocab_axes or None)
+
+    def sum_tokens(self, x: Array) -> Array:
+        return jax.lax.psum(x, self.token_axes) if self.token_axes else x
+
     def sum_vocab(self, x: Array) -> Array:
         return jax.lax.psum(x, self.vocab_axes) if self.vocab_axes else x
 
@@ -109,6 +115,15 @@ class _Place:
                 gradient = jax.lax.psum_scatter(gradient, axes, scatter_dimension=dimension, tiled=True)
                 rest -= set(axes)
         return jax.lax.psum(gradient, tuple(sorted(rest))) if rest else gradient
+
+    def pad_bias(self, bias: Array) -> Array:
+        """A bias of the logits as `pad` makes a table."""
+        bias = jnp.pad(bias, (0, self.padded_size - self.vocab_size))
+        return bias if self.layout is None else pin(bias, self.layout, self.bias_spec())
+
+    def finish_bias(self, gradient: Array) -> Array:
+        """Its gradient, as that of the bias itself."""
+        return zero.reduce_gradient(self.layout, gradient[: self.vocab_size], ("vocab",), jnp.float32)
 
     def finish_table(self, gradient: Array, dtype: jnp.dtype) -> Array:
         """The padded table's gradient as that of the table itself."""
@@ -166,6 +181,8 @@ def cross_entropy(
     targets: Int[Array, "batch length"],
     weights: Float[Array, "batch length"],
     z_loss: float = 0.0,
+    *,
+    bias: Float[Array, "vocab"] | None = None,
 ) -> Float[Array, ""]:
     """Sum over tokens of weight * (-log softmax(hidden @ table.T)[target] + z_loss * log(Z)^2), in float32.
 
@@ -178,55 +195,63 @@ def cross_entropy(
       table: the head, rows by token; matmuls are in the dtype of `hidden`.
       targets: token ids.
       weights: float32; 0 leaves a token out.
+      bias: added to the logits.
     """
-    return _cross_entropy(current_layout(), table.shape[0], table.dtype.name, z_loss, hidden, table, targets, weights)
+    dtypes = (table.dtype.name, None if bias is None else bias.dtype.name)
+    return _cross_entropy(current_layout(), table.shape[0], dtypes, z_loss, hidden, (table, bias), targets, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _cross_entropy(layout, vocab_size, table_dtype, z_loss, hidden, table, targets, weights):
-    return _run_loss(layout, vocab_size, z_loss, hidden, table, targets, weights, gradients=False)[0]
+def _cross_entropy(layout, vocab_size, dtypes, z_loss, hidden, head, targets, weights):
+    return _run_loss(layout, vocab_size, z_loss, hidden, head, targets, weights, gradients=False)[0]
 
 
-def _cross_entropy_forward(layout, vocab_size, table_dtype, z_loss, hidden, table, targets, weights):
-    loss, *gradients = _run_loss(layout, vocab_size, z_loss, hidden, table, targets, weights, gradients=True)
+def _cross_entropy_forward(layout, vocab_size, dtypes, z_loss, hidden, head, targets, weights):
+    loss, *gradients = _run_loss(layout, vocab_size, z_loss, hidden, head, targets, weights, gradients=True)
     return loss, gradients
 
 
-def _cross_entropy_backward(layout, vocab_size, table_dtype, z_loss, residuals, gradient):
-    d_hidden, d_table = residuals  # d_table in float32: a sum over tokens, which float16 may hold only once scaled
+def _cross_entropy_backward(layout, vocab_size, dtypes, z_loss, residuals, gradient):
+    # The head's in float32: sums over tokens, which float16 may hold only once they are scaled.
+    d_hidden, (d_table, d_bias) = residuals
     scale = lambda d, dtype: (d.astype(jnp.float32) * gradient).astype(dtype)  # noqa: E731
-    return scale(d_hidden, d_hidden.dtype), scale(d_table, table_dtype), None, None
+    d_head = scale(d_table, dtypes[0]), None if d_bias is None else scale(d_bias, dtypes[1])
+    return scale(d_hidden, d_hidden.dtype), d_head, None, None
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
-def _run_loss(layout, vocab_size, z_loss, hidden, table, targets, weights, *, gradients: bool):
-    place = _Place(layout, vocab_size)
+def _run_loss(layout, vocab_size, z_loss, hidden, head, targets, weights, *, gradients: bool):
+    place, (table, bias) = _Place(layout, vocab_size), head
 
-    def local(hidden, table, targets, weights):
-        return _local_loss(place, z_loss, hidden, table, targets, weights, gradients)
+    def local(hidden, head, targets, weights):
+        return _local_loss(place, z_loss, hidden, head, targets, weights, gradients)
 
-    tokens = place.tokens_spec()
-    specs = (place.tokens_spec(None), place.table_spec(), tokens, tokens)
-    outputs = (P(), place.tokens_spec(None), place.reduce_spec(hidden.shape[-1])) if gradients else (P(), None, None)
-    table = place.pad(table.astype(hidden.dtype))
-    loss, d_hidden, d_table = place.run(local, specs, outputs, hidden, table, targets, weights)
+    tokens, of_bias = place.tokens_spec(), None if bias is None else place.bias_spec()
+    specs = (place.tokens_spec(None), (place.table_spec(), of_bias), tokens, tokens)
+    d_specs = (place.tokens_spec(None), (place.reduce_spec(hidden.shape[-1]), of_bias)) if gradients else (None, None)
+    head = place.pad(table.astype(hidden.dtype)), None if bias is None else place.pad_bias(bias)
+    loss, d_hidden, d_head = place.run(local, specs, (P(), *d_specs), hidden, head, targets, weights)
     if gradients:
-        d_table = place.finish_table(d_table, jnp.float32)
-    return loss, d_hidden, d_table
+        d_table, d_bias = d_head
+        d_head = place.finish_table(d_table, jnp.float32), None if bias is None else place.finish_bias(d_bias)
+    return loss, d_hidden, d_head
 
 
-def _local_loss(place: _Place, z_loss: float, hidden, table, targets, weights, gradients: bool):
-    """The loss of one device's tokens, with gradients for its tokens and for its rows of the table."""
+def _local_loss(place: _Place, z_loss: float, hidden, head, targets, weights, gradients: bool):
+    """The loss of one device's tokens, with gradients for its tokens and for its rows of the head."""
+    table, bias = head
     batch, length, embed = hidden.shape
     chunk = _chunk_length(batch, length, table.shape[0])
     rows = place.first_row() + jnp.arange(table.shape[0])
 
     def one_chunk(carry, inputs):
-        loss, d_table = carry
+        loss, d_table, d_bias = carry
         hidden, targets, weights = inputs
         logits = jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
+        if bias is not None:
+            logits += bias.astype(jnp.float32)
         if place.padded_size > place.vocab_size:
             logits = jnp.where(rows < place.vocab_size, logits, -jnp.inf)
         top = place.max_vocab(logits.max(-1, keepdims=True))
@@ -237,22 +262,25 @@ def _local_loss(place: _Place, z_loss: float, hidden, table, targets, weights, g
         target_logit = place.sum_vocab(jnp.where(is_target, logits, 0).sum(-1))
         loss += jnp.sum(weights * (log_z - target_logit + z_loss * log_z**2))
         if not gradients:
-            return (loss, d_table), None
+            return (loss, d_table, d_bias), None
         scale = weights * (1 + 2 * z_loss * log_z)
         d_logits = exps * (scale[..., None] / total) - jnp.where(is_target, weights[..., None], 0)
+        d_bias = None if bias is None else d_bias + d_logits.sum((0, 1))
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.einsum("btv,vd->btd", d_logits, table, preferred_element_type=jnp.float32)
         d_table += jnp.einsum("btd,btv->dv", hidden, d_logits, preferred_element_type=jnp.float32)
-        return (loss, d_table), place.sum_vocab(d_hidden.astype(hidden.dtype))
+        return (loss, d_table, d_bias), place.sum_vocab(d_hidden.astype(hidden.dtype))
 
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(table.shape[::-1], jnp.float32) if gradients else None)
+    zeros = lambda shape: jnp.zeros(shape, jnp.float32) if gradients else None  # noqa: E731
+    start = (jnp.zeros((), jnp.float32), zeros(table.shape[::-1]), None if bias is None else zeros(bias.shape))
     split = lambda a: a.reshape(batch, length // chunk, chunk, *a.shape[2:]).swapaxes(0, 1)  # noqa: E731
     if chunk == length:
-        (loss, d_table), d_hidden = one_chunk(start, (hidden, targets, weights))
+        (loss, d_table, d_bias), d_hidden = one_chunk(start, (hidden, targets, weights))
     else:
-        (loss, d_table), d_hidden = jax.lax.scan(one_chunk, start, (split(hidden), split(targets), split(weights)))
-    if place.token_axes:
-        loss = jax.lax.psum(loss, place.token_axes)
+        (loss, d_table, d_bias), d_hidden = jax.lax.scan(
+            one_chunk, start, (split(hidden), split(targets), split(weights))
+        )
+    loss = place.sum_tokens(loss)
     if not gradients:
         return loss, None, None
     if chunk < length:
@@ -260,7 +288,7 @@ def _local_loss(place: _Place, z_loss: float, hidden, table, targets, weights, g
     if jax.default_backend() == "cpu":
         # Keeps XLA from swapping the factors of d_table: its CPU backend transposes the first, which is the narrow one.
         (d_table,) = jax.lax.optimization_barrier((d_table,))
-    return loss, d_hidden, place.reduce_table(d_table.T)
+    return loss, d_hidden, (place.reduce_table(d_table.T), None if bias is None else place.sum_tokens(d_bias))
 
 
 def _chunk_length(batch: int, length: int, vocab: int) -> int:

@@ -9,11 +9,13 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.layout.layout import constrain
 from jaxllm.layout.scope import tensor_scope
-from jaxllm.model.attention_backends import QUERY_AXES, cached_attention, causal_attention
+from jaxllm.model.attention_backends import QUERY_AXES, attend, cached_attention
+from jaxllm.model.attention_pattern import pattern_of
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.dropout import DropoutKey
 from jaxllm.model.linear import Linear, apply_together
-from jaxllm.model.positions import Rotation, rotate
+from jaxllm.model.norms import HeadNorm
+from jaxllm.model.rope import Rotation, rotate
 
 
 class LayerCache(NamedTuple):
@@ -31,20 +33,22 @@ class CacheSlots(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Projections around causal attention."""
+    """Projections around attention."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.dropout_rate = config.attention_dropout
+        self.dropout_rate, self.pattern = config.attention_dropout, pattern_of(config)
         embed, head_dim = config.embed_dim, config.head_dim
 
         def project(heads: str, num_heads: int) -> Linear:
-            bias_axes = (heads, "head_dim") if config.use_bias else None
+            bias_axes = (heads, "head_dim") if config.use_bias or config.qkv_bias else None
             axes, shape = ("embed", heads, "head_dim"), (embed, num_heads, head_dim)
             return Linear("btd,dnh->btnh", axes, shape, bias_axes=bias_axes, std=config.init_std, rngs=rngs)
 
         self.query = project("heads", config.num_heads)
         self.key = project("kv_heads", config.num_kv_heads)
         self.value = project("kv_heads", config.num_kv_heads)
+        self.query_norm = HeadNorm(config, "heads") if config.qk_norm else None
+        self.key_norm = HeadNorm(config, "kv_heads") if config.qk_norm else None
         self.out = Linear(
             "btnh,nhd->btd",
             ("heads", "head_dim", "embed"),
@@ -65,6 +69,8 @@ class Attention(nnx.Module):
         slots: CacheSlots | None = None,
     ) -> tuple[Float[Array, "batch length embed"], LayerCache | None]:
         query, key, value = apply_together(x, [self.query, self.key, self.value])
+        if self.query_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
         query = constrain(query, "batch", "length", "heads", "head_dim")
@@ -72,9 +78,10 @@ class Attention(nnx.Module):
         if cache is None:
             rate, stream = self.dropout_rate, dropout.fold("attention") if dropout else None
             with tensor_scope("", QUERY_AXES):
-                output = causal_attention(query, key, value, segment_ids, dropout_rate=rate, dropout_key=stream)
+                output = attend(query, key, value, segment_ids, self.pattern, dropout_rate=rate, dropout_key=stream)
         else:
             write = lambda all, new: jax.lax.dynamic_update_slice_in_dim(all, new, slots.first, axis=1)  # noqa: E731
             cache = LayerCache(write(cache.keys, key), write(cache.values, value))
-            output = cached_attention(query, cache.keys, cache.values, segment_ids, slots.segment_ids, slots.first)
+            seen = (cache.keys, cache.values, segment_ids, slots.segment_ids, slots.first)
+            output = cached_attention(query, *seen, self.pattern)
         return self.out(output), cache

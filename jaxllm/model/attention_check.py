@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int
 from jaxllm.errors import UserError
 from jaxllm.layout.layout import CONTEXT_ATTENTION, Layout, as_dtype, constrain, use_layout
 from jaxllm.layout.sequence import to_device_order, to_text_order
-from jaxllm.model.attention_backends import BACKENDS, KEY_AXES, QUERY_AXES, causal_attention, choose_backend
+from jaxllm.model.attention_backends import BACKENDS, KEY_AXES, QUERY_AXES, attend, choose_backend
+from jaxllm.model.attention_pattern import CAUSAL, Pattern, pattern_of
 from jaxllm.model.config import ModelConfig
 
 LENGTH = 128  # tokens a row: two blocks of queries
@@ -44,10 +45,8 @@ def check_backend(layout: Layout, config: ModelConfig, compute: str) -> str:
     """
     platform = layout.mesh.devices.flat[0].platform
     rates = (config.attention_dropout, 0.0)
-    context = layout.size("length")
-    in_use = [
-        choose_backend(layout.attention, platform, compute=compute, dropout=rate, context=context) for rate in rates
-    ]
+    setting = {"compute": compute, "context": layout.size("length"), "pattern": pattern_of(config)}
+    in_use = [choose_backend(layout.attention, platform, dropout=rate, **setting) for rate in rates]
     split = " x ".join(f"{axis}={layout.mesh.shape[axis]}" for axis in layout.mesh_axes("length"))
     over = f", {layout.context_attention} over {split}" if split else ""
     parts = []
@@ -66,7 +65,7 @@ def _checked(layout: Layout, config: ModelConfig, compute: str, platform: str) -
     others = " or ".join(f"--config.layout.{other}" for other in others)
     try:
         output, gradients = jax.device_get(
-            _differences(layout, config.num_heads, config.num_kv_heads, config.head_dim, compute)
+            _differences(layout, pattern_of(config), config.num_heads, config.num_kv_heads, config.head_dim, compute)
         )
     except (RuntimeError, ValueError, NotImplementedError) as error:
         if layout.attention == "xla":
@@ -83,9 +82,9 @@ def _checked(layout: Layout, config: ModelConfig, compute: str, platform: str) -
     return worst
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def _differences(
-    layout: Layout, num_heads: int, num_kv_heads: int, head_dim: int, compute: str
+    layout: Layout, pattern: Pattern, num_heads: int, num_kv_heads: int, head_dim: int, compute: str
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Largest difference of the outputs and of the gradients, each as a part of its largest number."""
     with use_layout(layout):
@@ -101,13 +100,13 @@ def _differences(
         )
 
         def backend(*arguments: Array) -> Array:  # in text order, like the formula
-            return to_text_order(causal_attention(*map(to_device_order, arguments), placed_segments))
+            return to_text_order(attend(*map(to_device_order, arguments), placed_segments, pattern))
 
         output, pull = jax.vjp(backend, query, key, value)
         computed = (output, *pull(d_output))
         with jax.default_matmul_precision("highest"):
             exact = [a.astype(jnp.float32) for a in (query, key, value)]
-            expected, pull = jax.vjp(functools.partial(reference, segment_ids=segments), *exact)
+            expected, pull = jax.vjp(functools.partial(reference, segment_ids=segments, pattern=pattern), *exact)
             expected = (expected, *pull(d_output.astype(jnp.float32)))
         apart = [
             jnp.abs(a.astype(jnp.float32) - e).max() / jnp.abs(e).max() for a, e in zip(computed, expected, strict=True)
@@ -128,12 +127,17 @@ def reference(
     key: Float[Array, "batch length kv_heads head_dim"],
     value: Float[Array, "batch length kv_heads head_dim"],
     segment_ids: Int[Array, "batch length"],
+    pattern: Pattern = CAUSAL,
 ) -> Float[Array, "batch length heads head_dim"]:
-    """softmax(query key^T / sqrt(head_dim)) value as the formula says, all `[length, length]` of it."""
+    """softmax(query key^T / sqrt(head_dim) + bias) value as the formula says, all `[length, length]` of it."""
     repeats = query.shape[2] // key.shape[2]
     key, value = (constrain(jnp.repeat(a, repeats, axis=2), *QUERY_AXES) for a in (key, value))
     logits = jnp.einsum("bthd,bshd->bhts", query, key) / math.sqrt(query.shape[-1])
-    earlier = jnp.tril(jnp.ones((query.shape[1],) * 2, bool))
-    visible = earlier & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    places = jnp.arange(query.shape[1])
+    visible = segment_ids[:, :, None] == segment_ids[:, None, :]
+    if (shown := pattern.visible(places, places)) is not None:
+        visible = visible & shown
+    if (bias := pattern.bias(jnp.arange(query.shape[2]), places, places)) is not None:
+        logits += bias
     weights = jax.nn.softmax(jnp.where(visible[:, None], logits, -jnp.inf), axis=-1)
     return constrain(jnp.einsum("bhts,bshd->bthd", weights, value), *QUERY_AXES)

@@ -13,7 +13,10 @@ from jaxllm.layout.scope import tensor_scope
 from jaxllm.layout.sequence import to_device_order, to_text_order
 from jaxllm.layout.zero import gather_for_use
 from jaxllm.model.config import ModelConfig
+from jaxllm.model.linear import Linear
+from jaxllm.model.mlp import ACTIVATIONS
 from jaxllm.model.names import name_of
+from jaxllm.model.norms import Norm
 
 
 class Loss(NamedTuple):
@@ -36,17 +39,39 @@ class Table(nnx.Module):
             return vocabulary.lookup(self.table[...], tokens, dtype)
 
 
+class HeadTransform(nnx.Module):
+    """norm(activation(dense(x))), what BERT does before its head (Devlin et al. 2019, in their code)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.activation = config.activation
+        shape, bias_axes = (config.embed_dim,) * 2, (None,) if config.use_bias else None
+        self.dense = Linear("btd,de->bte", ("embed", None), shape, bias_axes=bias_axes, std=config.init_std, rngs=rngs)
+        self.norm = Norm(config)
+
+    def __call__(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length embed"]:
+        return self.norm(ACTIVATIONS[self.activation](self.dense(x)))
+
+
+class HeadBias(nnx.Module):
+    """A number a token, added to its logit."""
+
+    def __init__(self, config: ModelConfig):
+        self.bias = nnx.Param(jnp.zeros((config.vocab_size,), jnp.float32), axes=("vocab",))
+
+
 class Head:
     """Predictions from the last activations with the table `table` (the embedding's, when tied)."""
 
-    def __init__(self, table: nnx.Param, z_loss: float):
-        self.table, self.z_loss = table, z_loss
+    def __init__(self, table: nnx.Param, z_loss: float, bias: nnx.Param | None = None):
+        self.table, self.z_loss, self.bias = table, z_loss, bias
 
     def logits(self, hidden: Float[Array, "batch length embed"]) -> Float[Array, "batch length vocab"]:
-        """Float32 logits of the next token at every position, in text order: for generation and tests, not training."""
-        hidden = to_text_order(hidden)
-        table = gather_for_use(current_layout(), self.table[...], self.table.axes).astype(hidden.dtype)
+        """Float32 logits at every position, in text order: for generation and tests, not training."""
+        hidden, layout = to_text_order(hidden), current_layout()
+        table = gather_for_use(layout, self.table[...], self.table.axes).astype(hidden.dtype)
         logits = jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
+        if self.bias is not None:
+            logits += gather_for_use(layout, self.bias[...], self.bias.axes).astype(jnp.float32)
         return constrain(logits, "batch", "length", "vocab")
 
     def next_token_loss(
@@ -59,9 +84,20 @@ class Head:
 
         `hidden` is in device order, as the model returns it; tokens and mask are in text order.
         """
-        targets = jnp.roll(tokens, -1, axis=1)
-        weights = jnp.roll(loss_mask, -1, axis=1).at[:, -1].set(False).astype(jnp.float32)
+        return self.token_loss(
+            hidden, jnp.roll(tokens, -1, axis=1), jnp.roll(loss_mask, -1, axis=1).at[:, -1].set(False)
+        )
+
+    def token_loss(
+        self,
+        hidden: Float[Array, "batch length embed"],
+        targets: Int[Array, "batch length"],
+        loss_mask: Bool[Array, "batch length"],
+    ) -> Loss:
+        """Summed cross-entropy, in nats, of the targets where `loss_mask` is true, each from its own position."""
+        weights = loss_mask.astype(jnp.float32)
         placed = to_device_order(targets), to_device_order(weights)
+        bias = None if self.bias is None else self.bias[...]
         with tensor_scope(name_of(self.table), self.table.axes):
-            total = vocabulary.cross_entropy(hidden, self.table[...], *placed, self.z_loss)
+            total = vocabulary.cross_entropy(hidden, self.table[...], *placed, self.z_loss, bias=bias)
         return Loss(total, weights.sum())

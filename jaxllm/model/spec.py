@@ -48,7 +48,7 @@ class ModelSpec(_Fields):
     @cached_property
     def num_embedding_parameters(self) -> int:
         """Those of lookup tables, which nothing is multiplied with: positions, and tokens where the head is untied."""
-        tables = [self.shapes.get("position_embedding")]
+        tables = [self.shapes.get(name) for name in ("position_embedding", "type_embedding")]
         tables += [] if self.config.tied_head else [self.shapes["embedding"]["table"]]
         return sum(leaf.size for leaf in tables if leaf is not None)
 

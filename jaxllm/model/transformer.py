@@ -15,11 +15,11 @@ from jaxllm.model.attention import Attention, CacheSlots, LayerCache
 from jaxllm.model.cache import KVCache
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.dropout import DropoutKey, dropout
-from jaxllm.model.head import Head, Table
+from jaxllm.model.head import Head, HeadBias, HeadTransform, Table
 from jaxllm.model.mlp import MLP
 from jaxllm.model.names import name_of, name_parameters
 from jaxllm.model.norms import Norm
-from jaxllm.model.positions import Rotation, rotation
+from jaxllm.model.rope import Rotation, rotation
 
 # Between blocks the sequence or the width may be split; inside them each device sees both whole (`length`, `embed`).
 RESIDUAL = RESIDUAL_AXES
@@ -27,10 +27,10 @@ WHOLE = ("batch", "length", "embed")
 
 
 class Block(nnx.Module):
-    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + f(norm(x)) for f = attention, then mlp; where norms come after, norm(x + f(x))."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.dropout_rate = config.dropout
+        self.dropout_rate, self.is_pre_norm = config.dropout, config.norm_position == "pre"
         self.attention_norm = Norm(config)
         self.attention = Attention(config, rngs=rngs)
         self.mlp_norm = Norm(config)
@@ -46,12 +46,19 @@ class Block(nnx.Module):
         cache: LayerCache | None = None,
         slots: CacheSlots | None = None,
     ) -> tuple[Float[Array, "batch length embed"], LayerCache | None]:
-        h = reshard(self.attention_norm(x), WHOLE, RESIDUAL)
+        h = reshard(self._before(self.attention_norm, x), WHOLE, RESIDUAL)
         h, cache = self.attention(h, segment_ids, rotation, dropout=stream, cache=cache, slots=slots)
         x = x + _drop(reshard(h, RESIDUAL, WHOLE), self.dropout_rate, stream, "after_attention")
-        h = reshard(self.mlp_norm(x), WHOLE, RESIDUAL)
+        x = self._after(self.attention_norm, x)
+        h = reshard(self._before(self.mlp_norm, x), WHOLE, RESIDUAL)
         x = x + _drop(reshard(self.mlp(h), RESIDUAL, WHOLE), self.dropout_rate, stream, "after_mlp")
-        return x, cache
+        return self._after(self.mlp_norm, x), cache
+
+    def _before(self, norm: Norm, x: Array) -> Array:
+        return norm(x) if self.is_pre_norm else x
+
+    def _after(self, norm: Norm, x: Array) -> Array:
+        return x if self.is_pre_norm else norm(x)
 
 
 def _drop(x: Array, rate: float, stream: DropoutKey | None, place: str) -> Array:
@@ -84,14 +91,23 @@ class Transformer(nnx.Module):
             shape = (config.max_length, config.embed_dim)
             table = config.init_std * jax.random.normal(rngs.params(), shape, jnp.float32)
             self.position_embedding = nnx.Param(table, axes=("positions", "embed"))
+        self.type_embedding = nnx.data(None)
+        if config.token_types:
+            shape = (config.token_types, config.embed_dim)
+            table = config.init_std * jax.random.normal(rngs.params(), shape, jnp.float32)
+            self.type_embedding = nnx.Param(table, axes=(None, "embed"))
+        self.embedding_norm = Norm(config) if config.embedding_norm else None
         self.layers = _stacked_blocks(config, rngs)
-        self.final_norm = Norm(config)
+        self.final_norm = Norm(config) if config.norm_position == "pre" else None
         self.output = None if config.tied_head else Table(config, rngs=rngs)
+        self.head_transform = HeadTransform(config, rngs=rngs) if config.head_transform else None
+        self.head_bias = HeadBias(config) if config.head_bias else None
         name_parameters(self)
 
     @property
     def head(self) -> Head:
-        return Head((self.output or self.embedding).table, self.config.z_loss)
+        bias = None if self.head_bias is None else self.head_bias.bias
+        return Head((self.output or self.embedding).table, self.config.z_loss, bias)
 
     def __call__(
         self,
@@ -99,21 +115,24 @@ class Transformer(nnx.Module):
         positions: Int[Array, "batch length"] | None = None,
         segment_ids: Int[Array, "batch length"] | None = None,
         *,
+        token_types: Int[Array, "batch length"] | None = None,
         dropout: DropoutKey | None = None,
     ) -> Float[Array, "batch length embed"]:
-        """The last activations, after the final norm: in device order (layout/sequence.py), as `head` takes them.
+        """What `head` takes: the last activations, after the final norm, in device order (layout/sequence.py).
 
         Args:
           tokens: in text order, like all arguments; the sequence is split here.
           positions: from 0 in each document; default 0, 1, 2, …
-          segment_ids: a number a document, 0 for padding; a token sees earlier tokens of its own number only.
+          segment_ids: a number a document, 0 for padding; a token sees tokens of its own number only.
+          token_types: where the model has those; default 0.
           dropout: the random stream of each row, for training.
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         tokens, positions = to_device_order(tokens), to_device_order(positions)
         segment_ids = None if segment_ids is None else to_device_order(segment_ids)
-        x, by = self._embed(tokens, positions, dropout)
+        types = None if token_types is None else to_device_order(token_types)
+        x, by = self._embed(tokens, positions, dropout, types)
         graph, weights = nnx.split(self.layers)
 
         def layer(x, number, weights):
@@ -122,7 +141,7 @@ class Transformer(nnx.Module):
             return x, None
 
         x, _ = run_layers(layer, x, weights, self.config.num_layers)
-        return reshard(self.final_norm(x), WHOLE, RESIDUAL)
+        return self._before_head(x)
 
     def extend(
         self,
@@ -147,16 +166,22 @@ class Transformer(nnx.Module):
         per_layer = (weights, LayerCache(cache.keys, cache.values))
         x, layer_caches = run_layers(layer, x, per_layer, self.config.num_layers)
         filled = cache.filled + tokens.shape[1]
-        return self.final_norm(x), KVCache(layer_caches.keys, layer_caches.values, known, filled)
+        return self._before_head(x), KVCache(layer_caches.keys, layer_caches.values, known, filled)
 
-    def _embed(self, tokens, positions, stream) -> tuple[Array, Rotation | None]:
+    def _before_head(self, x: Array) -> Array:
+        x = reshard(x if self.final_norm is None else self.final_norm(x), WHOLE, RESIDUAL)
+        return x if self.head_transform is None else self.head_transform(x)
+
+    def _embed(self, tokens, positions, stream, token_types=None) -> tuple[Array, Rotation | None]:
         # The dtype of the weights is the dtype of compute: the step casts them before the model sees them.
         dtype = self.layers.attention.query.kernel.dtype
         x = self.embedding(tokens, dtype)
-        if self.position_embedding is not None:
-            table = self.position_embedding
-            with tensor_scope(name_of(table), table.axes):
-                x = x + vocabulary.lookup(table[...], positions, dtype, table.axes)
+        for table, rows in ((self.position_embedding, positions), (self.type_embedding, token_types)):
+            if table is not None:
+                rows = jnp.zeros_like(tokens) if rows is None else rows
+                with tensor_scope(name_of(table), table.axes):
+                    x = x + vocabulary.lookup(table[...], rows, dtype, table.axes)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         x = _drop(reshard(x, RESIDUAL, WHOLE), self.config.dropout, stream, "embedding")
-        turned = self.config.positions == "rope"
-        return x, rotation(positions, self.config.head_dim, self.config.rope_theta) if turned else None
+        return x, rotation(positions, self.config) if self.config.positions == "rope" else None

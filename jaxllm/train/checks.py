@@ -15,13 +15,17 @@ from jaxllm.layout.named import is_named
 from jaxllm.layout.rules import LOGICAL_AXES, Rules, make_rules, own_rows, parse_overrides
 from jaxllm.layout.stages import make_stages
 from jaxllm.model.attention_backends import choose_backend
+from jaxllm.model.rope import ROPE_SCALINGS
 from jaxllm.model.spec import ACTIVATIONS, model_spec
 from jaxllm.train.config import Config
 from jaxllm.train.optimizer import check_optimizer, make_schedule
 
 CHOICES = {
-    "model.positions": ("learned", "rope", "none"),
+    "model.positions": ("learned", "rope", "alibi", "none"),
+    "model.rope_scaling": ROPE_SCALINGS,
     "model.norm": ("layernorm", "rmsnorm"),
+    "model.norm_position": ("pre", "post"),
+    "model.expert_dispatch": ("dropless", "capacity"),
     "model.activation": ("gelu", "gelu_tanh", "silu", "relu"),
     "layout.remat": ("none", "selective", "full"),
     "layout.attention": ("auto", "xla", "cudnn"),
@@ -40,6 +44,15 @@ _AT_LEAST = {
     "model.mlp_dim": 0,
     "model.vocab_size": 0,
     "model.max_length": 2,
+    "model.sliding_window": 0,
+    "model.token_types": 0,
+    "model.num_experts": 0,
+    "model.experts_per_token": 1,
+    "model.router_balance_loss": 0,
+    "model.router_z_loss": 0,
+    "model.rope_factor": 1,
+    "model.rope_original_length": 0,
+    "model.rope_attention_factor": 0,
     "model.z_loss": 0,
     "layout.num_microbatches": 1,
     "data.length": 0,
@@ -58,6 +71,11 @@ _AT_LEAST = {
 
 _ABOVE_ZERO = (
     "model.rope_theta",
+    "model.rope_low_frequency_factor",
+    "model.rope_high_frequency_factor",
+    "model.rope_beta_fast",
+    "model.rope_beta_slow",
+    "model.capacity_factor",
     "model.norm_epsilon",
     "model.init_std",
 )

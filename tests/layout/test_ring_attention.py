@@ -14,7 +14,8 @@ from jaxllm.layout.config import LayoutConfig, MeshConfig
 from jaxllm.layout.layout import CONTEXT_ATTENTION, Layout, make_layout, use_layout
 from jaxllm.layout.sequence import text_indices, to_device_order, to_text_order, token_order
 from jaxllm.model import attention_backends
-from jaxllm.model.attention_backends import KEY_AXES, QUERY_AXES, Blocks, causal_attention
+from jaxllm.model.attention_backends import KEY_AXES, QUERY_AXES, Blocks, attend
+from jaxllm.model.attention_pattern import CAUSAL, Pattern
 from jaxllm.model.dropout import DropoutKey, keep_mask
 from tests.layout.runs import GPT2, Shape, make_batch, parts
 from tests.model.attention_reference import assert_close, naive
@@ -44,14 +45,13 @@ def inputs(kv_heads: int):
     return tuple(random.standard_normal((BATCH, LENGTH, size, HEAD_DIM)).astype(np.float32) for size in sizes)
 
 
-def attention(layout: Layout, segments, streams):
+def attention(layout: Layout, segments, streams, pattern=CAUSAL):
     """(query, key, value, d_output) -> the output and the gradients of the first three, all in device order."""
 
     def run(query, key, value, d_output):
         with use_layout(layout):
             dropout = {"dropout_rate": RATE, "dropout_key": DropoutKey(streams)} if streams is not None else {}
-            attend = lambda *args: causal_attention(*args, segments, **dropout)  # noqa: E731
-            output, pull = jax.vjp(attend, query, key, value)
+            output, pull = jax.vjp(lambda *args: attend(*args, segments, pattern, **dropout), query, key, value)
             return output, *pull(d_output)
 
     return run
@@ -86,6 +86,25 @@ def test_output_and_gradients_are_those_of_the_formula(case):
     placed = None if segments is None else segments[:, order]
     computed = jax.jit(attention(layout, placed, streams))(*(a[:, order] for a in inputs(kv_heads)))
     wanted = expected(kv_heads, segments, streams)
+    assert_close(computed, [a[:, order] for a in wanted], tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("variant", "pattern", "meaning"),
+    [
+        ("ring", Pattern(window=7), {"window": 7}),
+        ("ring", Pattern(alibi_heads=4), {"slopes": [1 / 4, 1 / 16, 1 / 64, 1 / 256]}),
+        ("ring", Pattern(causal=False), {"causal": False}),
+        ("all_gather", Pattern(causal=False), {"causal": False}),
+    ],
+    ids=["window", "alibi", "bidirectional", "bidirectional, all_gather"],
+)
+def test_patterns(variant, pattern, meaning):
+    layout = layout_of(4, variant, model=2)
+    order = token_order(layout, LENGTH)
+    run = jax.jit(attention(layout, SEGMENTS[:, order], None, pattern))
+    computed = run(*(a[:, order] for a in inputs(2)))
+    wanted = naive(*inputs(2), SEGMENTS, **meaning)
     assert_close(computed, [a[:, order] for a in wanted], tolerance=1e-5)
 
 
@@ -169,20 +188,20 @@ class Counted(Blocks):
 
     seen: tuple[list, list] = dataclasses.field(default=([], []), hash=False, compare=False)
 
-    def forward(self, queries, keys, *, causal):
-        self.seen[causal].append(queries.indices.size * keys.indices.size)
-        return super().forward(queries, keys, causal=causal)
+    def forward(self, queries, keys, *, aligned):
+        self.seen[aligned].append(queries.indices.size * keys.indices.size)
+        return super().forward(queries, keys, aligned=aligned)
 
-    def backward(self, queries, keys, gradient, *, causal):
-        self.seen[causal].append(queries.indices.size * keys.indices.size)
-        return super().backward(queries, keys, gradient, causal=causal)
+    def backward(self, queries, keys, gradient, *, aligned):
+        self.seen[aligned].append(queries.indices.size * keys.indices.size)
+        return super().backward(queries, keys, gradient, aligned=aligned)
 
 
 @pytest.mark.parametrize("variant", CONTEXT_ATTENTION)
 def test_every_device_computes_the_same_in_each_step(variant, monkeypatch):
     """The two branches of a step, keys from an earlier and from a later device, are equally large."""
     counted = Counted(0.0)
-    monkeypatch.setattr(attention_backends, "Blocks", lambda rate: counted)
+    monkeypatch.setattr(attention_backends, "Blocks", lambda rate, pattern: counted)
     jax.eval_shape(attention(layout_of(4, variant), None, None), *inputs(2))
     own, chunk = LENGTH // 4, LENGTH // 8
     others, mine = counted.seen
@@ -212,7 +231,7 @@ def compiled(layout: Layout, length: int, layers: int, gradients: bool = True):
 
     def loss(query, keys, values, segments):
         with use_layout(layout):
-            layer = lambda query, kv: (causal_attention(query, *kv, segments), None)  # noqa: E731
+            layer = lambda query, kv: (attend(query, *kv, segments), None)  # noqa: E731
             return jnp.sum(jax.lax.scan(layer, query, (keys, values))[0] ** 2)
 
     run = jax.value_and_grad(loss, argnums=(0, 1, 2)) if gradients else loss

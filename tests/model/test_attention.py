@@ -10,8 +10,10 @@ import pytest
 from jaxllm.errors import UserError
 from jaxllm.layout.config import LayoutConfig, MeshConfig
 from jaxllm.layout.layout import make_layout, use_layout
-from jaxllm.model import attention_backends, attention_check
-from jaxllm.model.attention_backends import causal_attention, choose_backend, document_offsets, query_blocks
+from jaxllm.model import attention_backends, attention_check, attention_cudnn
+from jaxllm.model.attention_backends import attend, choose_backend, query_blocks
+from jaxllm.model.attention_cudnn import document_offsets
+from jaxllm.model.attention_pattern import CAUSAL, Pattern, alibi_slopes
 from jaxllm.model.dropout import DropoutKey, keep_mask
 from tests.model.attention_reference import assert_close, naive
 
@@ -33,13 +35,22 @@ def inputs(kv_heads: int):
     return tuple(random.standard_normal((BATCH, LENGTH, size, HEAD_DIM)).astype(np.float32) for size in sizes)
 
 
-def computed(query, key, value, d_output, segments, dropout_key=None):
+# The slopes of ALiBi for 4 heads are given in the paper's section 3 by their ratio, 2^(-8/4).
+PATTERNS = {
+    "window": (Pattern(window=3), {"window": 3}),
+    "alibi": (Pattern(alibi_heads=4), {"slopes": [1 / 4, 1 / 16, 1 / 64, 1 / 256]}),
+    "bidirectional": (Pattern(causal=False), {"causal": False}),
+    "bidirectional window": (Pattern(causal=False, window=4), {"causal": False, "window": 4}),
+}
+
+
+def computed(query, key, value, d_output, segments, dropout_key=None, pattern=CAUSAL):
     """The same four by the backend."""
 
     @jax.jit
     def run(query, key, value, d_output):
-        attend = functools.partial(causal_attention, dropout_rate=RATE if dropout_key else 0.0, dropout_key=dropout_key)
-        output, pull = jax.vjp(lambda q, k, v: attend(q, k, v, segments), query, key, value)
+        drops = {"dropout_rate": RATE if dropout_key else 0.0, "dropout_key": dropout_key}
+        output, pull = jax.vjp(lambda q, k, v: attend(q, k, v, segments, pattern, **drops), query, key, value)
         return output, *pull(d_output)
 
     return run(query, key, value, d_output)
@@ -53,6 +64,16 @@ def computed(query, key, value, d_output, segments, dropout_key=None):
 def test_xla(kv_heads, segments):
     assert len(query_blocks(LENGTH)) == 3
     assert_close(computed(*inputs(kv_heads), segments), naive(*inputs(kv_heads), segments))
+
+
+@pytest.mark.parametrize(("pattern", "meaning"), PATTERNS.values(), ids=PATTERNS)
+@pytest.mark.parametrize("segments", [SEGMENTS, None], ids=["packed", "whole"])
+def test_patterns(pattern, meaning, segments):
+    assert_close(computed(*inputs(2), segments, pattern=pattern), naive(*inputs(2), segments, **meaning))
+
+
+def test_alibi_slopes_of_six_heads():
+    assert alibi_slopes(6).tolist() == [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8]
 
 
 @pytest.mark.parametrize("segments", [SEGMENTS, None], ids=["packed", "whole"])
@@ -71,11 +92,11 @@ def test_xla(kv_heads, segments):
 def test_cudnn_gives_each_device_the_key_heads_of_its_query_heads(monkeypatch, kv_heads, model, rules, segments):
     """On CPU, with the formula in place of the kernel on each device."""
 
-    def local(query, key, value, segment_ids=None):
+    def local(pattern, query, key, value, segment_ids=None):
         whole = jnp.zeros(query.shape[:2], jnp.int32)
         return attention_check.reference(query, key, value, whole if segment_ids is None else segment_ids)
 
-    monkeypatch.setattr(attention_backends, "_cudnn_local", local)
+    monkeypatch.setattr(attention_cudnn, "_local", local)
     monkeypatch.setattr(attention_check, "constrain", lambda x, *_: x)
     config = LayoutConfig(attention="cudnn", rule_overrides=rules)
     layout = make_layout(MeshConfig(data=2, model=model), config, devices=jax.devices()[: 2 * model])
@@ -104,7 +125,7 @@ def test_masks_are_not_moved_out_of_a_loop_over_layers():
     query, key, value, _ = inputs(2)
 
     def loss(query, key, value, segments):
-        layer = lambda query, _: (causal_attention(query, key, value, segments), None)  # noqa: E731
+        layer = lambda query, _: (attend(query, key, value, segments), None)  # noqa: E731
         return jax.lax.scan(layer, query, length=3)[0].sum()
 
     program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(query, key, value, SEGMENTS)

@@ -98,7 +98,7 @@ def test_a_backend_that_does_not_run_is_refused(monkeypatch):
         raise NotImplementedError("packed offsets need a Hopper GPU")
 
     monkeypatch.setattr(attention_check, "choose_backend", chosen)
-    monkeypatch.setattr(attention_backends, "_cudnn", fails)
+    monkeypatch.setattr(attention_backends, "cudnn_attention", fails)
     with pytest.raises(UserError, match="'cudnn' does not run here: packed offsets need a Hopper GPU\nUse --config"):
         check_backend(one_device(), MODEL, "bfloat16")
 
