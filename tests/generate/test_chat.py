@@ -16,10 +16,11 @@ class Parrot:
     def __init__(self, answers):
         self.answers, self.prompts, self.seeds, self.budgets = list(answers), [], [], []
 
-    def count_tokens(self, prompt):
+    def count_tokens(self, prompt, *, special):
         return len(prompt)
 
-    def generate(self, prompts, max_new_tokens, sampling, *, stop, seed, on_text):
+    def generate(self, prompts, max_new_tokens, sampling, *, special, stop, seed, on_text):
+        self.special = special
         (prompt,) = prompts
         self.prompts.append(prompt)
         self.seeds.append(seed)
