@@ -57,7 +57,8 @@ class HuggingFaceTokenizer(Tokenizer):
     """Byte-level BPE (GPT-2, Llama 3, Qwen), BPE with byte fallback (Llama 2, Mistral), unigram, WordPiece (BERT).
 
     The ids are those of transformers. WordPiece is lossy: decoding writes a space before each word, and what encoding
-    took away (capitals, accents, runs of spaces, unknown characters) stays away.
+    took away (capitals, accents, runs of spaces, unknown characters) stays away. So do a space in front of a whole text
+    where Metaspace puts one there anyhow, and, where U+2581 stands for spaces, that character itself.
 
     bos is put in front of a document where `add_bos_token` says so or, where it says nothing, where the file's own
     post-processor does: Llama has one, GPT-2 has none, BERT's is [CLS] (and its eos [SEP]).
@@ -78,7 +79,8 @@ class HuggingFaceTokenizer(Tokenizer):
         added = templated.get_added_tokens_decoder()
         self.specials = {token.content: i for i, token in sorted(added.items()) if token.special}
         self.vocab_size = max(vocabulary.values()) + 1
-        self._read_ids(config, generation, {key: vocabulary[name] for key, name in names.items() if name in vocabulary})
+        named = {key: vocabulary[name] for key, name in names.items() if name in vocabulary}
+        self._read_ids(config, generation, named, _put_around(templated, file))
         content = json.loads(files[JSON_FILE])
         self._bytes, self.puts_space = bytes_of_tokens(content.get("decoder"), vocabulary, added, file)
         self._plain = _without_specials(content, self.specials, file)
@@ -88,12 +90,18 @@ class HuggingFaceTokenizer(Tokenizer):
         identity = json.dumps([self.bos_id, self.eos_id, self.pad_id, self.mask_id]).encode()
         self.fingerprint = hashlib.sha256(files[JSON_FILE] + identity).hexdigest()
 
-    def _read_ids(self, config: dict[str, Any], generation: dict[str, Any], named: dict[str, int]) -> None:
-        """bos, eos, pad, mask and end ids. `named` are those of tokenizer_config.json, `generation` knows ids only."""
-        encoding = self._templated.encode("a")
-        puts = [i for i, put in zip(encoding.ids, encoding.special_tokens_mask, strict=True) if put]
-        in_front = puts[0] if puts and encoding.special_tokens_mask[0] else None
-        behind = puts[-1] if puts and encoding.special_tokens_mask[-1] else None
+    def _read_ids(
+        self,
+        config: dict[str, Any],
+        generation: dict[str, Any],
+        named: dict[str, int],
+        around: tuple[int | None, int | None],
+    ) -> None:
+        """bos, eos, pad, mask and end ids.
+
+        `named` are those of tokenizer_config.json, `generation` knows ids only, `around` are the post-processor's.
+        """
+        in_front, behind = around
         special = set(self.specials.values())
 
         def generated(key: str) -> list[int]:
@@ -207,6 +215,18 @@ def _build(content: bytes, file: Path) -> tokenizers.Tokenizer:
     if getattr(tokenizer.model, "dropout", None):
         tokenizer.model.dropout = None  # the same text always gets the same ids
     return tokenizer
+
+
+def _put_around(tokenizer: tokenizers.Tokenizer, file: Path) -> tuple[int | None, int | None]:
+    """The tokens that the file's post-processor puts in front of a text and behind it."""
+    try:
+        encoding = tokenizer.encode("a")
+    except BaseException as error:  # a panic in Rust is no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{file}: its post_processor is broken: {error}.") from error
+    ids, put = encoding.ids, encoding.special_tokens_mask
+    return ids[0] if ids and put[0] else None, ids[-1] if ids and put[-1] else None
 
 
 def _without_specials(content: dict[str, Any], specials: Mapping[str, int], file: Path) -> tokenizers.Tokenizer:

@@ -30,11 +30,12 @@ def bytes_of_tokens(
       UserError: a decoder that does not work token by token.
     """
     decoder = decoder or {"type": "WordPiece", "prefix": "", "cleanup": False}  # words with spaces between
-    decoders = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    decoders = decoder["decoders"] if decoder.get("type") == "Sequence" else [decoder]
     for step in decoders:
-        if step["type"] not in DECODERS or (step["type"] == "Replace" and "String" not in step["pattern"]):
+        kind = step.get("type")
+        if kind not in DECODERS or (kind == "Replace" and "String" not in step["pattern"]):
             raise UserError(
-                f"{file}: its decoder {step['type']} is not supported, only those of byte-level BPE, sentencepiece and "
+                f"{file}: its decoder {kind} is not supported, only those of byte-level BPE, sentencepiece and "
                 "WordPiece are."
             )
     as_bytes = _byte_level if any(step["type"] == "ByteLevel" for step in decoders) else _by_steps(decoders)

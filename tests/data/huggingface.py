@@ -1,10 +1,9 @@
 """Small Hugging Face tokenizers of every kind, trained on the spot and saved by transformers."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 TEXT = """却说曹操引兵追赶，玄德大惊。The quick brown fox jumps over the lazy dog; don't you think it's fine?
     def fox(x):  return x + 1984
@@ -20,14 +19,12 @@ def gpt2() -> Tokenizer:
     return _train(tokenizer, ["<|endoftext|>"], pre_tokenizers.ByteLevel.alphabet())
 
 
-def llama3(specials: Iterable[str] = ()) -> Tokenizer:
+def llama3(vocab_size: int = 400) -> Tokenizer:
     """Byte-level BPE with bos, whole words looked up first (`ignore_merges`), its own pattern."""
     pattern = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
         r"|\s+(?!\S)|\s+"
     )
-    from tokenizers import Regex
-
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -38,7 +35,7 @@ def llama3(specials: Iterable[str] = ()) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     bos = "<|begin_of_text|>"
     ends = ["<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
-    tokenizer = _train(tokenizer, [bos, *ends, *specials], pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = _train(tokenizer, [bos, *ends], pre_tokenizers.ByteLevel.alphabet(), vocab_size - 1)
     tokenizer.add_tokens(["<think>"])  # an added token that is text
     return _in_front(tokenizer, bos)
 
@@ -83,9 +80,9 @@ def bert() -> Tokenizer:
     return _in_front(tokenizer, "[CLS]", "[SEP]")
 
 
-def _train(tokenizer: Tokenizer, specials: list[str], alphabet: list[str]) -> Tokenizer:
+def _train(tokenizer: Tokenizer, specials: list[str], alphabet: list[str], vocab_size: int = 400) -> Tokenizer:
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator([TEXT] * 5, trainer)
     return tokenizer
@@ -110,10 +107,12 @@ KINDS = {
 }
 
 
-def save(kind: str, folder: Path, **more):
-    """Saves a tokenizer of `kind` as transformers does, and opens it again with it."""
+def save(kind: str, folder: Path, vocab_size: int = 0, **more):
+    """Saves a tokenizer of `kind` as transformers does, and opens it again with it. Llama 3's may have any size."""
     from transformers import PreTrainedTokenizerFast
 
     make, tokens = KINDS[kind]
-    PreTrainedTokenizerFast(tokenizer_object=make(), **tokens, **more).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=make(vocab_size) if vocab_size else make(), **tokens, **more
+    ).save_pretrained(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)

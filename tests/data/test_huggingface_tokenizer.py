@@ -83,7 +83,9 @@ def test_decoding(both):
                 # transformers takes all the spaces that one first piece holds, and one is what encoding put there.
                 assert ours.decode(ids).lstrip() == want.lstrip(), text
         if kind not in LOSSY:
-            assert ours.decode(ours.encode(text)) == text
+            # To Metaspace a space in front is the one that it would have put there itself.
+            kept = text.removeprefix(" ") if kind.startswith("metaspace") else text
+            assert ours.decode(ours.encode(text)) == kept
 
 
 def test_streams_of_any_tokens_give_what_decode_gives(both):
@@ -109,7 +111,7 @@ def test_a_character_of_several_tokens_is_held_back(kind, tmp_path):
 
 
 def test_long_texts_are_cut_where_it_changes_nothing(both):
-    kind, ours, theirs, _ = both
+    _, ours, theirs, _ = both
     text = "".join(random.Random(0).choices(re.split(r"(?<=[\s。])", TEXT), k=3 * CHUNK // 4))
     assert len(text) > 3 * CHUNK
     assert len(list(ours._chunks(text))) > 3
@@ -230,6 +232,8 @@ def test_broken_files(tmp_path):
         json.dumps(
             {**data, "decoder": {"type": "CTC", "pad_token": "", "word_delimiter_token": "", "cleanup": True}}
         ): ("decoder CTC is not supported"),
+        json.dumps({**data, "decoder": {"decoders": [{"cleanup": True}]}}): "is broken",
+        json.dumps({**data, "post_processor": {**data["post_processor"], "special_tokens": {}}}): "is broken",
         json.dumps({**data, "model": {**data["model"], "vocab": {}}, "added_tokens": []}): "has no tokens",
     }
     for text, message in broken.items():
@@ -249,12 +253,12 @@ def test_broken_files(tmp_path):
                 load_tokenizer(tmp_path)
             (tmp_path / name).unlink() if kept is None else (tmp_path / name).write_bytes(kept)
     write(tmp_path, "tokenizer_config.json", {**BERT_TOKENS, "eos_token": "</s>"})
-    with pytest.raises(UserError, match="the eos_token '</s>' of tokenizer_config.json is not in tokenizer.json"):
+    with pytest.raises(UserError, match=r"the eos_token '</s>' of tokenizer_config\.json is not in tokenizer\.json"):
         load_tokenizer(tmp_path)
 
 
 def test_data_are_prepared_with_it(both, tmp_path):
-    kind, ours, _, folder = both
+    _, ours, _, folder = both
     lines = [f"Document {i} of the quick brown fox, 曹操.\n" for i in range(40)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     config = DataConfig(
