@@ -21,7 +21,7 @@ import jinja2.sandbox
 from jaxllm.errors import UserError
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "…"}, and whatever else a template knows
-FILE = "chat_template.jinja"
+TEMPLATE_FILE = "chat_template.jinja"
 SPANS = "jaxllm_generation_spans"  # the variable by which {% generation %} blocks know where to note themselves
 
 
@@ -77,19 +77,22 @@ class ChatTemplate:
         return UserError(f"{self._name}{line}: {kind}{error}".rstrip())
 
 
-def find_chat_template(files: Mapping[str, bytes], config: Mapping[str, Any], folder: Path) -> str | None:
-    """The source of a tokenizer's template: a file of its own, or as transformers 4 has it in tokenizer_config.json.
+def find_template(content: bytes | None, config: Mapping[str, Any], folder: Path) -> str | None:
+    """The source of the template of a tokenizer in `folder`, if there is one.
 
-    There it is a text, or a list of {"name": …, "template": …}, of which the one named "default" is taken.
+    Args:
+      content: of chat_template.jinja, which comes first.
+      config: of tokenizer_config.json, where transformers 4 has the template: a text, or a list of
+        {"name": …, "template": …}, of which the one named "default" is taken.
 
     Raises:
       UserError: a file that is not UTF-8.
     """
-    if FILE in files:
+    if content is not None:
         try:
-            return files[FILE].decode("utf-8")
+            return content.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{folder / FILE}: not UTF-8 text (byte {error.start}).") from error
+            raise UserError(f"{folder / TEMPLATE_FILE}: not UTF-8 text (byte {error.start}).") from error
     given = config.get("chat_template")
     if isinstance(given, list):
         named = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}

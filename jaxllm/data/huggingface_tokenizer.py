@@ -14,7 +14,7 @@ from typing import Any
 
 import tokenizers
 
-from jaxllm.data.chat_template import ChatTemplate, find_chat_template
+from jaxllm.data.chat_template import TEMPLATE_FILE, ChatTemplate, find_template
 from jaxllm.data.token_bytes import bytes_of_tokens
 from jaxllm.data.tokenizer import CONFIG_FILE, FILES, JSON_FILE, Tokenizer, write_files
 from jaxllm.errors import UserError
@@ -77,14 +77,16 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(f"{folder}: the eos_token {end!r} of {CONFIG_FILE} is not in {file.name}.")
         templated.add_special_tokens([name for name in names.values() if name in vocabulary])
         added = templated.get_added_tokens_decoder()
-        self.specials = {token.content: i for i, token in sorted(added.items()) if token.special}
+        special = {i: token for i, token in sorted(added.items()) if token.special or token.content in names.values()}
+        self.specials = {token.content: i for i, token in special.items()}
         self.vocab_size = max(vocabulary.values()) + 1
         named = {key: vocabulary[name] for key, name in names.items() if name in vocabulary}
         self._read_ids(config, generation, named, _put_around(templated, file))
         content = json.loads(files[JSON_FILE])
-        self._bytes, self.puts_space = bytes_of_tokens(content.get("decoder"), vocabulary, added, file)
+        texts = {i: "" if i in special else token.content for i, token in added.items()}
+        self._bytes, self.puts_space = bytes_of_tokens(content.get("decoder"), vocabulary, texts, file)
         self._plain = _without_specials(content, self.specials, file)
-        if source := find_chat_template(files, config, folder):
+        if source := find_template(files.get(TEMPLATE_FILE), config, folder):
             variables = {f"{key}_token": name for key, name in names.items()}
             self.chat_template = ChatTemplate(source, variables, f"the chat template of {folder}")
         identity = json.dumps([self.bos_id, self.eos_id, self.pad_id, self.mask_id]).encode()
@@ -238,7 +240,7 @@ def _without_specials(content: dict[str, Any], specials: Mapping[str, int], file
     """
     renamed = {name: f" {name}" for name in specials}
     added = [
-        {**token, "content": renamed.get(token["content"], token["content"])}
+        {**token, "content": renamed[token["content"]], "special": True} if token["content"] in renamed else token
         for token in content.get("added_tokens") or []
     ]
     model = dict(content["model"])

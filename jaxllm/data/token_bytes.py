@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
 from jaxllm.errors import UserError
 
 DECODERS = ("ByteLevel", "ByteFallback", "Metaspace", "Replace", "Strip", "Fuse", "WordPiece", "BPEDecoder")
@@ -19,12 +17,18 @@ CLEANUP = (*((f" {mark}", mark) for mark in ".?!,"), *((f" {end}", end) for end 
 def bytes_of_tokens(
     decoder: dict[str, Any] | None,
     vocabulary: Mapping[str, int],
-    added: Mapping[int, tokenizers.AddedToken],
+    texts: Mapping[int, str],
     file: Path,
 ) -> tuple[list[bytes], bool]:
     """The bytes of every token, and whether decoding takes a space away in front of a text.
 
     Exact for byte-level BPE and for sentencepiece's kinds. What WordPiece took away on encoding does not come back.
+
+    Args:
+      decoder: the file's.
+      vocabulary: pieces and their ids.
+      texts: of the tokens that are no pieces of the model's; a special one has none.
+      file: for messages.
 
     Raises:
       UserError: a decoder that does not work token by token.
@@ -42,8 +46,8 @@ def bytes_of_tokens(
     table = [b""] * (max(vocabulary.values()) + 1)
     for piece, i in vocabulary.items():
         table[i] = as_bytes(piece)
-    for i, token in added.items():
-        table[i] = b"" if token.special else token.content.encode()
+    for i, text in texts.items():
+        table[i] = text.encode()
     return table, any(map(_takes_space, decoders))
 
 

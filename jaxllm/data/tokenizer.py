@@ -15,14 +15,14 @@ from pathlib import Path
 
 import sentencepiece
 
-from jaxllm.data.chat_template import ChatTemplate
+from jaxllm.data.chat_template import TEMPLATE_FILE, ChatTemplate, find_template
 from jaxllm.errors import UserError
 
 MODEL_FILE = "tokenizer.model"
 JSON_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 # What a tokenizer's folder may hold, and is read.
-FILES = (JSON_FILE, MODEL_FILE, CONFIG_FILE, "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
+FILES = (JSON_FILE, MODEL_FILE, CONFIG_FILE, "special_tokens_map.json", "generation_config.json", TEMPLATE_FILE)
 SPACE = "\u2581"  # how sentencepiece writes a space inside a piece
 CHUNK = 1 << 16  # characters encoded at once; a longer text is cut at a line end
 UNKNOWN = "\ufffd".encode()
@@ -109,7 +109,8 @@ class SentencePieceTokenizer(Tokenizer):
     A foreign model may change the text (NFKC, a space in front); then decoding gives the changed text.
     """
 
-    def __init__(self, model: bytes):
+    def __init__(self, model: bytes, template: str | None = None):
+        """`model`: the content of a .model file; `template`: that of a chat_template.jinja beside it."""
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self._model, self._processor = model, processor
         self.vocab_size = processor.vocab_size()
@@ -120,6 +121,10 @@ class SentencePieceTokenizer(Tokenizer):
         controls = [i for i in range(self.vocab_size) if processor.is_control(i)]
         self.specials = {processor.id_to_piece(i): i for i in controls}
         self.mask_id = self.specials.get("<mask>", self.specials.get("[MASK]"))
+        if template is not None:
+            ends = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+            names = {key: processor.id_to_piece(i) for key, i in ends.items() if i is not None}
+            self.chat_template = ChatTemplate(template, names)
         self._bytes = [_piece_bytes(processor, i) for i in range(self.vocab_size)]
         # A model that puts a space in front of every text (Llama 2) must be given whole texts.
         self.puts_space = processor.id_to_piece(processor.encode("a")[0]).startswith(SPACE)
@@ -149,7 +154,8 @@ class SentencePieceTokenizer(Tokenizer):
         return self._bytes[token]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        write_files(folder, {MODEL_FILE: self._model})
+        template = {TEMPLATE_FILE: self.chat_template.source.encode()} if self.chat_template else {}
+        write_files(folder, {MODEL_FILE: self._model, **template})
 
 
 def _given(token: int) -> int | None:
@@ -212,6 +218,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
         return open_huggingface_tokenizer(file)
     try:
-        return SentencePieceTokenizer(file.read_bytes())
+        template = file.parent / TEMPLATE_FILE
+        source = find_template(template.read_bytes() if template.is_file() else None, {}, file.parent)
+        return SentencePieceTokenizer(file.read_bytes(), source)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"{file} is not a sentencepiece model, or is broken.") from error

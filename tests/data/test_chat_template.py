@@ -163,6 +163,18 @@ def test_what_a_template_may_not(source, says):
         ChatTemplate(source, VARIABLES).render([SYSTEM, *TALK], add_generation_prompt=False)
 
 
+def test_a_template_beside_a_sentencepiece_model(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path).chat_template is None
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}<|end|>{{ eos_token }}曹")
+    for folder in (tmp_path, tmp_path / "saved"):
+        ours = load_tokenizer(folder)
+        text = ours.chat_template.render([{"content": "hi"}], add_generation_prompt=True).text
+        assert text == "<s>hi<|end|></s>曹"
+        assert ours.encode(text, special=True) == [2, *ours.encode("hi"), 5, 3, *ours.encode("曹")]
+        ours.save(tmp_path / "saved")
+
+
 def test_a_template_file_that_is_no_text(tmp_path):
     huggingface.save("gpt2", tmp_path)
     (tmp_path / "chat_template.jinja").write_bytes(b"abc\xff")

@@ -171,6 +171,17 @@ def test_special_tokens_of_every_form_of_file(tmp_path):
     assert ids_of(load_tokenizer(tmp_path)) == (["<|begin_of_text|>", "<|eot_id|>", None, None], ["<|eot_id|>"])
 
 
+def test_a_named_token_is_special_though_tokenizer_json_does_not_say_so(tmp_path):
+    tokenizer = KINDS["llama3"][0]()
+    end = tokenizer.token_to_id("<think>")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).decode([end]) == "<think>"
+    write(tmp_path, "tokenizer_config.json", {"eos_token": "<think>", "pad_token": "fox"})
+    ours = load_tokenizer(tmp_path)
+    assert (ours.eos_id, ours.end_ids, ours.decode([end])) == (end, {end}, "")
+    assert end not in ours.encode("a <think>") and end in ours.encode("a <think>", special=True)
+
+
 def test_the_configs_of_others_do_not_cut_or_fill_documents(tmp_path):
     tokenizer = KINDS["bert"][0]()
     tokenizer.enable_truncation(4)
