@@ -74,6 +74,7 @@ CONVERSATIONS = [
     TALK,
     TALK[:2],
     [*TALK, {"role": "assistant", "content": "", "tool_calls": None}],
+    [*TALK[:1], {"role": "tool", "content": "4", "name": None}],
 ]
 SYSTEM = {"role": "system", "content": " Be brief, 简短. "}
 VARIABLES = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}

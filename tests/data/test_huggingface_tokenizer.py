@@ -86,6 +86,7 @@ def test_decoding(both):
             # To Metaspace a space in front is the one that it would have put there itself.
             kept = text.removeprefix(" ") if kind.startswith("metaspace") else text
             assert ours.decode(ours.encode(text)) == kept
+    assert ours.decode(ours.encode("the quick fox")) == "the quick fox"
 
 
 def test_streams_of_any_tokens_give_what_decode_gives(both):
@@ -176,10 +177,13 @@ def test_a_named_token_is_special_though_tokenizer_json_does_not_say_so(tmp_path
     end = tokenizer.token_to_id("<think>")
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert load_tokenizer(tmp_path).decode([end]) == "<think>"
-    write(tmp_path, "tokenizer_config.json", {"eos_token": "<think>", "pad_token": "fox"})
+    write(tmp_path, "tokenizer_config.json", {"eos_token": "<think>", "pad_token": "ox"})
     ours = load_tokenizer(tmp_path)
     assert (ours.eos_id, ours.end_ids, ours.decode([end])) == (end, {end}, "")
     assert end not in ours.encode("a <think>") and end in ours.encode("a <think>", special=True)
+    # "ox" is a piece that others are made of; as a special token it is none any more.
+    assert tokenizer.encode("ox").ids[1:] == [ours.pad_id]
+    assert ours.pad_id not in ours.encode("ox") and ours.decode(ours.encode("ox fox")) == "ox fox"
 
 
 def test_the_configs_of_others_do_not_cut_or_fill_documents(tmp_path):
