@@ -1,9 +1,12 @@
 """Small Hugging Face tokenizers of every kind, trained on the spot and saved by transformers."""
 
 import json
+import os
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
 TEXT = """却说曹操引兵追赶，玄德大惊。The quick brown fox jumps over the lazy dog; don't you think it's fine?
     def fox(x):  return x + 1984

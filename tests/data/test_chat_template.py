@@ -6,7 +6,6 @@ from datetime import datetime
 import pytest
 
 pytest.importorskip("transformers")
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from jaxllm.data.chat_template import ChatTemplate
 from jaxllm.data.tokenizer import load_tokenizer
@@ -83,6 +82,8 @@ VARIABLES = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
 @pytest.mark.parametrize("prompt", [False, True])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_text_and_spans_are_those_of_transformers(name, prompt):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     template = ChatTemplate(TEMPLATES[name], VARIABLES)
     system = [] if name == "mistral" else [[SYSTEM, *talk] for talk in CONVERSATIONS]
     for talk in [*CONVERSATIONS, *system]:
