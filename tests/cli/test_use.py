@@ -98,6 +98,33 @@ def test_chat_answers_line_by_line_and_lives_on_after_a_line_that_is_too_long(ru
     assert "leaves no room for an answer of 4" in err
 
 
+def test_chat_and_generate_with_a_hugging_face_tokenizer(run_on_disk, tmp_path, capsys, monkeypatch):
+    """An untrained model: what counts is the prompt that its template makes, and that text comes out."""
+    pytest.importorskip("transformers")
+    from jaxllm.generate.engine import Engine
+    from tests.data import huggingface
+
+    copy = shutil.copytree(run_on_disk, tmp_path / "run")
+    shutil.rmtree(copy / "tokenizer")
+    turn = "<|start_header_id|>{{ m.role }}<|end_header_id|>{{ m.content }}<|eot_id|>"
+    template = f"{{{{ bos_token }}}}{{% for m in messages %}}{turn}{{% endfor %}}<|start_header_id|>"
+    theirs = huggingface.save("llama3", copy / "tokenizer", vocab_size=320, chat_template=template)
+    prompts = []
+    encode = Engine.encode
+    monkeypatch.setattr(Engine, "encode", lambda *a, **b: prompts.append(encode(*a, **b)) or prompts[-1])
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi fox\n"))
+    argv = [f"--workdir={copy}", "--temperature=0", "--max_new_tokens=4"]
+    run(["chat", *argv, "--system=brief"], capsys)
+    talk = [{"role": "system", "content": "brief"}, {"role": "user", "content": "hi fox"}]
+    want = theirs.apply_chat_template(talk, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert prompts.pop() == want
+    out, _ = run(["generate", *argv, "--prompt=却说 <|eot_id|>", "--json"], capsys)
+    (ids,), completion = prompts, json.loads(out)
+    assert ids[0] == theirs.bos_token_id
+    assert theirs.convert_tokens_to_ids("<|eot_id|>") not in ids
+    assert completion["text"] == theirs.decode(completion["tokens"], skip_special_tokens=True)
+
+
 def mistake(argv, capsys) -> str:
     said = run(argv, capsys, code=2).err
     assert "Traceback" not in said
