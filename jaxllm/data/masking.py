@@ -1,4 +1,4 @@
-"""Masked language modelling (Devlin et al. 2019, section 3.1): tokens that are hidden and to be told from the others."""
+"""Masked language modelling (Devlin et al. 2019, section 3.1): hidden tokens, to be told from the others."""
 
 from typing import NamedTuple
 
@@ -23,10 +23,8 @@ class MaskedBatch(NamedTuple):
     loss_mask: Bool[Array | np.ndarray, "batch length"]  # true where a token was chosen
 
 
-def mask_tokens(
-    row: Batch, random: np.random.RandomState, vocabulary: Vocabulary, config: DataConfig
-) -> MaskedBatch:
-    """Chooses `config.mask_fraction` of a row's tokens, at least one: of these 80 % become the mask token, 10 % any token.
+def mask_tokens(row: Batch, random: np.random.RandomState, vocabulary: Vocabulary, config: DataConfig) -> MaskedBatch:
+    """Chooses `config.mask_fraction` of the tokens, at least one: 80 % of these become the mask token, 10 % any token.
 
     Special tokens are never chosen, nor is the first of a segment, which no packing predicts. The context of an
     evaluation window is masked as densely as the rest but not counted, so that each held-out token counts at most once.
@@ -41,7 +39,10 @@ def mask_tokens(
         )
     ordinary = ~np.isin(row.tokens, vocabulary.special_ids)
     candidates = np.flatnonzero(ordinary & (row.positions > 0))  # padding has positions 0
-    count = min(max(round(config.mask_fraction * len(candidates)), 1), len(candidates))
+    share = config.mask_fraction * len(candidates)
+    count = min(
+        max(int(share + random.random_sample()), 1), len(candidates)
+    )  # the share on average, whatever the length
     chosen = random.permutation(candidates)[:count]
     fate = random.random_sample(count)
     tokens = row.tokens.copy()
