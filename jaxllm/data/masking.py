@@ -48,7 +48,7 @@ def mask_tokens(row: Batch, random: np.random.RandomState, vocabulary: Vocabular
     tokens = row.tokens.copy()
     tokens[chosen[fate < MASKED]] = vocabulary.mask_id
     replaced = chosen[fate >= 1 - REPLACED]
-    tokens[replaced] = random.randint(vocabulary.size, size=len(replaced))
+    tokens[replaced] = random.randint(vocabulary.size, size=len(replaced), dtype=np.int32)
     is_chosen = np.zeros_like(row.loss_mask)
     is_chosen[chosen] = True
     return MaskedBatch(tokens, row.tokens, row.positions, row.segment_ids, is_chosen & row.loss_mask)

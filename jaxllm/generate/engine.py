@@ -26,6 +26,9 @@ class Engine:
     """A trained model, ready to write: `Engine(open_run(workdir))`."""
 
     def __init__(self, run: Run):
+        """Raises a UserError where the model sees what comes next, and so cannot say it."""
+        if not run.spec.config.causal:
+            raise UserError("config.model.causal=False: a model that sees what comes next does not continue a text.")
         self.tokenizer: Tokenizer = run.tokenizer
         self.max_length = run.spec.config.max_length
         self._decoder = Decoder(run.spec, run.weights, run.layout, run.tokenizer.vocab_size)

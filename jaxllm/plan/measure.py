@@ -89,7 +89,7 @@ def synthetic_batch(config: Config, layout: Layout) -> Any:
 
     def row(number: int) -> Any:
         random = row_random(config.seed, number)
-        tokens = random.randint(vocabulary.size, size=length).astype(np.int32)
+        tokens = random.randint(vocabulary.size, size=length, dtype=np.int32)
         text = Batch(tokens, positions, np.ones(length, np.int32), positions > 0)
         return kind.make_row(text, random, vocabulary, config.data)
 
