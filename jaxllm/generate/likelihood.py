@@ -123,9 +123,7 @@ class Scorer:
         for number, pair in enumerate(pairs):
             count = len(pair.targets)
             if not 1 <= count <= self.max_length:
-                raise UserError(
-                    f"{count} tokens to predict: from 1 to the model's context, {self.max_length}, will do."
-                )
+                raise UserError(f"{count} tokens to predict must be from 1 to the model's context, {self.max_length}.")
             length = length_bucket(min(len(pair.context) + count - 1, self.max_length))
             groups.setdefault((length, min(length, FEW_TARGETS) if count <= FEW_TARGETS else length), []).append(number)
         for (length, columns), numbers in sorted(groups.items(), reverse=True):
@@ -147,9 +145,7 @@ class Scorer:
         """The token that stands before a text."""
         first = self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
         if first is None:
-            raise UserError(
-                "this tokenizer has neither bos nor eos, so nothing comes before the first token of a text."
-            )
+            raise UserError("this tokenizer has neither bos nor eos: nothing comes before the first token of a text.")
         return first
 
 
