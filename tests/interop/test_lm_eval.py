@@ -10,6 +10,8 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 lm_eval = pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.api.model import TemplateLM  # noqa: E402
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: E402
 
 from jaxllm.cli.main import main  # noqa: E402
 from jaxllm.errors import UserError  # noqa: E402
@@ -92,6 +94,48 @@ def test_bits_per_byte_are_the_definition(model, tmp_path):
     size = sum(len(line.encode()) for line in lines)
     assert len(pairs) > len(lines)
     assert results["results"]["animals_text"]["bits_per_byte,none"] == pytest.approx(nats / size / 0.6931471806)
+
+
+class Harness(TemplateLM):
+    """How the harness itself turns texts into tokens, with our tokenizer as it would see it."""
+
+    def __init__(self, tokenizer):
+        super().__init__()
+        self.of_run, self.eot_token_id, self.prefix_token_id = tokenizer, tokenizer.eos_id, tokenizer.bos_id
+
+    eot_token_id = prefix_token_id = None
+    loglikelihood_rolling = generate_until = None
+
+    def tok_encode(self, string, add_special_tokens=None, **_):
+        begin = [] if add_special_tokens is False else [self.prefix_token_id]
+        return begin + self.of_run.encode(string)
+
+    def _loglikelihood_tokens(self, requests, **_):
+        return [(before, targets) for _, before, targets in requests]
+
+
+@pytest.mark.parametrize(
+    ("context", "continuation"),
+    [
+        ("the cat says", " meow"),
+        ("the cat says ", "meow"),
+        ("a\n\n", "b"),
+        ("", " the"),
+        ("th", "e cat says meow."),
+        ("曹", "操"),
+    ],
+)
+def test_texts_are_cut_where_the_harness_cuts_them(model, context, continuation):
+    theirs = Harness(model._run.tokenizer).loglikelihood(requests("loglikelihood", (context, continuation)), True)
+    assert theirs == [Scorer(model._run).pair(context, continuation)]
+
+
+@pytest.mark.parametrize("repeats", [0, 1, 5, 6, 20])
+def test_windows_are_those_of_the_harness(model, repeats):
+    text, tokenizer = "the cow says moo.\n" * repeats, model._run.tokenizer
+    ids, first = tokenizer.encode(text), tokenizer.bos_id
+    windows = get_rolling_token_windows(ids, prefix_token=first, max_seq_len=model.max_length, context_len=1)
+    assert [make_disjoint_window(window) for window in windows] == Scorer(model._run).rolling(text)
 
 
 def test_loglikelihood_and_rolling_are_the_scorers(model):
