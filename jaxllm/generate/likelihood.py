@@ -62,9 +62,10 @@ class Scorer:
     def pair(self, context: str, continuation: str) -> Pair:
         """The tokens of two texts, cut where lm-evaluation-harness cuts them.
 
-        Both are encoded as one text, with spaces at the end of the context moved to the continuation; as many tokens as
-        the context has alone are context. Where a token spans the border that may leave nothing: then the last token
-        is the target. bos comes first, as in training; where there is neither bos nor context, eos does.
+        The continuation is what follows in both texts, encoded as one, after as many tokens as the context has alone;
+        spaces at the context's end are taken for the continuation's. Where tokens span the border, nothing may follow
+        (there the harness fails): then the last token of both is predicted from those before it. bos comes first, as
+        in training; where there is neither bos nor context, eos does.
 
         Raises:
           UserError: an empty continuation, one longer than the model's context, or nothing to begin with.
@@ -74,13 +75,13 @@ class Scorer:
         if not ids:
             raise UserError("an empty continuation has no probability.")
         begin = [] if kept and self.tokenizer.bos_id is None else [self._first()]
-        border = min(len(self.tokenizer.encode(kept)), len(ids) - 1)
-        before, targets = [*begin, *ids[:border]] or [self._first()], ids[border:]
+        alone = self.tokenizer.encode(kept)
+        before, targets = (alone, ids[len(alone) :]) if len(alone) < len(ids) else (ids[:-1], ids[-1:])
         if len(targets) > self.max_length:
             raise UserError(
                 f"the continuation has {len(targets)} tokens, more than the model's context of {self.max_length}."
             )
-        return Pair(before, targets)
+        return Pair([*begin, *before] or [self._first()], targets)
 
     def rolling(self, text: str) -> list[Pair]:
         """Pairs that predict every token of `text` once: bos (or eos) and the first window, then windows as full.
