@@ -86,7 +86,7 @@ def _loss(options: argparse.Namespace) -> Callable[["Run"], Scores]:
     from jaxllm.data.sources import kind_of, open_source
 
     paths: dict[str, list[str]] = {}
-    for path in (options.input or "").split(","):
+    for path in filter(str.strip, (options.input or "").split(",")) if options.input else [""]:
         paths.setdefault(options.source or kind_of(path.strip()), []).append(path)
     sources = [open_source(kind, ",".join(of_kind), options.field) for kind, of_kind in paths.items()]
     texts: dict[str, list[str]] = {}

@@ -118,8 +118,7 @@ class Scorer:
         return results
 
     def _batches(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, int, list[int]]]:
-        """(length, columns to predict, numbers of pairs): those of one program, the longest first, so that memory
-        fails early."""
+        """(length, columns to predict, numbers of pairs), the longest first, so that memory fails early."""
         groups: dict[tuple[int, int], list[int]] = {}
         for number, pair in enumerate(pairs):
             count = len(pair.targets)
