@@ -46,6 +46,8 @@ class Scorer:
         """`batch_size` rows at once, over all devices; rounded up to what the mesh divides."""
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be 1 or more.")
+        if not run.spec.config.causal:
+            raise UserError("config.model.causal=False: a model that sees what comes next gives texts no probability.")
         self.tokenizer, self.max_length = run.tokenizer, run.spec.config.max_length
         self._run, self._batch_size = run, batch_size
         num_tokens = run.tokenizer.vocab_size

@@ -96,6 +96,23 @@ def test_a_likelihood_is_the_same_on_any_layout(run, pairs, mesh, layout):
     assert_equal(Scorer(there, 5).likelihoods(pairs), definition(run, pairs))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"positions": "learned", "norm": "layernorm", "head_bias": True},
+        {"positions": "alibi", "sliding_window": 24},
+    ],
+    ids=str,
+)
+def test_a_likelihood_is_the_definition_for_any_positions(run, pairs, fields):
+    spec = model_spec(dataclasses.replace(run.spec.config, **fields))
+    weights = jax.jit(lambda: jax.tree.map(lambda w: 10 * w if w.ndim > 2 else w, spec.init(0)))()
+    if "head_bias" in fields:
+        weights["head_bias"]["bias"] = jax.random.normal(jax.random.key(1), (run.tokenizer.vocab_size,))
+    other = run._replace(spec=spec, weights=weights)
+    assert_equal(Scorer(other).likelihoods(pairs), definition(other, pairs))
+
+
 def test_logits_are_made_a_few_columns_at_a_time(run, pairs, monkeypatch):
     bytes_a_column = 4 * 4 * run.spec.config.vocab_size
     monkeypatch.setattr(likelihood, "LOGITS_BYTES", 3 * bytes_a_column)
@@ -176,6 +193,12 @@ def test_rolling_predicts_every_token_once(run, repeats):
 def test_what_has_no_likelihood(run, texts, says):
     with pytest.raises(UserError, match=says):
         Scorer(run).pair(*texts)
+
+
+def test_a_model_that_sees_ahead_is_refused(run):
+    spec = model_spec(dataclasses.replace(run.spec.config, causal=False))
+    with pytest.raises(UserError, match=r"config\.model\.causal=False"):
+        Scorer(run._replace(spec=spec))
 
 
 def test_more_targets_than_the_context_are_refused(run):
