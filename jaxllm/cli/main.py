@@ -15,7 +15,8 @@ VERBS = {
     "train": "train a model; goes on where WORKDIR's last checkpoint left off",
     "generate": "continue prompts",
     "chat": "talk with a model in the terminal",
-    "evaluate": "loss, perplexity and bits per character of files",
+    "evaluate": "loss and bits per character on files, accuracy on multiple choice",
+    "lm_eval": "lm-evaluation-harness, with --model jaxllm --model_args workdir=DIR",
     "layouts": "every layout of a model on N devices: legal, measured",
     "explain": "where each tensor lies under a layout, and what each collective is for",
 }

@@ -35,7 +35,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Sequence[int]],
         max_new_tokens: int = 200,
         sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008
         *,
@@ -47,6 +47,7 @@ class Engine:
         """Continues every prompt.
 
         Args:
+          prompts: texts, or token ids that are taken as they are.
           max_new_tokens: at most so many a row; fewer where the context is full before.
           sampling: of all rows, or one a row.
           special: the prompts are a chat template's: names of special tokens in them are those tokens, bos too.
@@ -60,7 +61,10 @@ class Engine:
             raise UserError(f"max_new_tokens={max_new_tokens} must be 1 or more.")
         if not prompts:
             raise UserError("there is no prompt.")
-        ids = [self.encode(prompt, special=special) for prompt in prompts]
+        ids = [
+            self.encode(prompt, special=special) if isinstance(prompt, str) else self._checked(list(prompt))
+            for prompt in prompts
+        ]
         budgets = [min(max_new_tokens, self.max_length - len(row)) for row in ids]
         rows = [_Row(RowText(self.tokenizer, stop), budget) for budget in budgets]
         settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
@@ -76,7 +80,7 @@ class Engine:
         columns.close()
         full = ["context" if budget < max_new_tokens else "length" for budget in budgets]
         return [
-            Completion(prompt, row.text.text, row.tokens, why if row.reason == "length" else row.reason)
+            Completion(self._text(prompt), row.text.text, row.tokens, why if row.reason == "length" else row.reason)
             for prompt, row, why in zip(prompts, rows, full, strict=True)
         ]
 
@@ -88,7 +92,9 @@ class Engine:
         Raises:
           UserError: a prompt that fills the context, or an empty one where there is no bos.
         """
-        ids = self._ids(prompt, special)
+        return self._checked(self._ids(prompt, special))
+
+    def _checked(self, ids: list[int]) -> list[int]:
         if not ids:
             raise UserError("the prompt is empty, and this tokenizer has no token to begin with. Write a prompt.")
         if len(ids) >= self.max_length:
@@ -101,6 +107,9 @@ class Engine:
     def count_tokens(self, prompt: str, *, special: bool = False) -> int:
         """How many tokens of the context `prompt` takes."""
         return len(self._ids(prompt, special))
+
+    def _text(self, prompt: str | Sequence[int]) -> str:
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
 
     def _ids(self, prompt: str, special: bool) -> list[int]:
         ids, bos_id = self.tokenizer.encode(prompt, special=special), self.tokenizer.bos_id

@@ -4,10 +4,14 @@ A device sorts its (token, choice) pairs by expert and sends each device of the 
 slots: an all-to-all there, and one back with what the experts made of them. The number of slots is fixed when the
 program is compiled, the number of tokens is not. So:
 
-- `dropless`: as many rounds of exchanges as the fullest device needs, all of `capacity_factor` even shares. While the
-  router is balanced that is one; a token is never lost, and memory is that of one round.
+- `dropless`: a round of exchange with `capacity_factor` times an even share of slots an expert, and then as many small
+  ones as the fullest expert needs. While the router is balanced there are few; a token is never lost, and the work
+  is that of the fullest expert, not of all experts for all tokens.
 - `capacity`: one round with so many slots for every expert and row of the batch; what is over is dropped. Which tokens
   those are depends on their own row alone, so not on how the batch is split.
+
+All experts of a device compute as many rows: plain batched matmuls. (XLA's `ragged_dot` multiplies every row with every
+expert, on CPUs and on GPUs; so says the program that it compiles.)
 
 What an expert computes is not known here: `Experts`. The exchange is written for one device, as the rest of a mixture
 is left to the partitioner. The backward pass exchanges the tokens again, and keeps nothing but the arguments.
@@ -22,7 +26,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxllm.errors import UserError
 from jaxllm.layout import zero
@@ -30,21 +34,19 @@ from jaxllm.layout.layout import Axes, Layout, axis_names, current_layout, on_ea
 from jaxllm.layout.scope import tensor_scope
 
 TOKENS = ("batch", "length", None)
+LATER_ROUNDS = 0.25  # slots an expert has in the rounds after the first, as a multiple of an even share
 
 
 class Experts(Protocol):
     """What a device's experts compute. Hashable."""
 
     def __call__(
-        self, rows: Float[Array, "..."], weights: tuple[Array, ...], sizes: Int[Array, " experts"] | None
-    ) -> Float[Array, "..."]:
-        """Args:
-        rows: [rows, embed], sorted by expert, `sizes` rows each and then some that count for nothing; or, without
-          sizes, [experts, rows, embed].
-        weights: float32 [experts, …], so that their gradients are float32; matmuls are in the dtype of `rows`.
+        self, rows: Float[Array, "experts rows embed"], weights: tuple[Array, ...]
+    ) -> Float[Array, "experts rows embed"]:
+        """Rows to rows. Where the hidden units are split over devices, this device's part of the sum.
 
-        Returns:
-          As many rows. Where the hidden units are split over devices, this device's part of the sum.
+        Args:
+          weights: float32 [experts, …], so that their gradients are float32; matmuls are in the dtype of `rows`.
         """
         ...
 
@@ -54,8 +56,8 @@ class Dispatch:
     """How tokens come to experts."""
 
     num_experts: int
-    capacity_factor: float
-    dropless: bool
+    capacity_factor: float  # slots an expert has, as a multiple of an even share
+    dropless: bool  # what is over is sent in further rounds, not dropped
 
 
 def run_experts(
@@ -108,11 +110,9 @@ def _run_backward(layout, dispatch, experts, axes, residuals, gradients):
 _run.defvjp(_run_forward, _run_backward)
 
 
-class _Slots(NamedTuple):
-    """What a device sends in one round: for each other device the numbers of (token, choice) pairs, and experts."""
-
-    pairs: Int[Array, "devices slots"]  # the number of all pairs where a slot is empty
-    experts: Int[Array, "devices slots"]  # counted on the device that they are sent to
+# What a device sends in one round: for every expert the numbers of (token, choice) pairs, the number of all pairs where
+# a slot is empty.
+_Slots = Int[Array, "experts slots"]
 
 
 class _Place:
@@ -182,57 +182,50 @@ class _Place:
 
     def _exchange(self, slots: _Slots, x, probabilities, weights) -> Float[Array, "batch length embed"]:
         """What the experts make of the tokens in the slots, added up by token, float32."""
-        tokens = slots.pairs // probabilities.shape[-1]
+        tokens, embed = slots // probabilities.shape[-1], x.shape[-1]
         fill = {"mode": "fill", "fill_value": 0}
-        rows = x.reshape(-1, x.shape[-1]).at[tokens].get(**fill)
-        shares = probabilities.reshape(-1).at[slots.pairs].get(**fill)
-        rows, shares, numbers = (self._all_to_all(a) for a in (rows, shares, slots.experts))
-        apply = self._by_size if self.dispatch.dropless else self._by_place
-        made = apply(rows, numbers, weights) * shares[..., None].astype(x.dtype)
-        made = self._all_to_all(made).reshape(-1, x.shape[-1]).astype(jnp.float32)
-        zeros = jnp.zeros((x.shape[0] * x.shape[1], x.shape[2]), jnp.float32)
+        rows = x.reshape(-1, embed).at[tokens].get(**fill)
+        shares = probabilities.reshape(-1).at[slots].get(**fill)
+        rows, shares = self._send(rows), self._send(shares)
+        made = self.experts(rows, weights) * shares[..., None].astype(x.dtype)
+        made = self._send_back(made).reshape(-1, embed).astype(jnp.float32)
+        zeros = jnp.zeros((x.shape[0] * x.shape[1], embed), jnp.float32)
         return zeros.at[tokens.reshape(-1)].add(made, mode="drop").reshape(x.shape)
 
-    def _by_size(self, rows, numbers, weights):
-        """Rows from several devices, each sorted by expert, in one run of experts of any sizes."""
-        flat, numbers = rows.reshape(-1, rows.shape[-1]), numbers.reshape(-1)
-        sizes = jnp.bincount(numbers, length=self.local_experts).astype(jnp.int32)  # empty slots have a number above
-        if self.devices == 1:
-            return self.experts(flat, weights, sizes).reshape(rows.shape)
-        order = jnp.argsort(numbers, stable=True)
-        made = self.experts(flat[order], weights, sizes)
-        return jnp.zeros_like(made).at[order].set(made, unique_indices=True).reshape(rows.shape)
+    def _send(self, x: Shaped[Array, "experts slots *rest"]) -> Shaped[Array, "local_experts rows *rest"]:
+        """To each expert's device what is in its slots, from all devices."""
+        if not self.expert_axes:
+            return x
+        sent = jax.lax.all_to_all(x.reshape(self.devices, self.local_experts, *x.shape[1:]), self.expert_axes, 0, 0)
+        return sent.swapaxes(0, 1).reshape(self.local_experts, -1, *x.shape[2:])
 
-    def _by_place(self, rows, numbers, weights):
-        """As many rows for every expert, from every device."""
-        apart = rows.reshape(self.devices, self.local_experts, -1, rows.shape[-1]).swapaxes(0, 1)
-        made = self.experts(apart.reshape(self.local_experts, -1, rows.shape[-1]), weights, None)
-        return made.reshape(apart.shape).swapaxes(0, 1).reshape(rows.shape)
+    def _send_back(self, x: Shaped[Array, "local_experts rows *rest"]) -> Shaped[Array, "experts slots *rest"]:
+        if not self.expert_axes:
+            return x
+        apart = x.reshape(self.local_experts, self.devices, -1, *x.shape[2:]).swapaxes(0, 1)
+        return jax.lax.all_to_all(apart, self.expert_axes, 0, 0).reshape(self.dispatch.num_experts, -1, *x.shape[2:])
 
     def _rounds(self, choices: Int[Array, "batch length choice"]) -> "_Rounds":
         return self._as_needed(choices) if self.dispatch.dropless else self._limited(choices)
 
     def _as_needed(self, choices) -> "_Rounds":
-        chosen = choices.reshape(-1)
+        chosen, number = choices.reshape(-1), self.dispatch.num_experts
         order = jnp.argsort(chosen, stable=True)
-        sizes = jnp.bincount(chosen, length=self.dispatch.num_experts)
-        sizes = sizes.reshape(self.devices, self.local_experts).sum(1)
+        sizes = jnp.bincount(chosen, length=number)
         starts = jnp.cumsum(sizes) - sizes
-        width = chosen.size
-        number: Array | int = 1
-        if self.devices > 1:
-            width = min(width, math.ceil(width / self.devices * self.dispatch.capacity_factor))
-            number = jax.lax.pmax(-(-sizes.max() // width), self.expert_axes)
+        share = chosen.size / number
+        first = min(choices.shape[0] * choices.shape[1], math.ceil(share * self.dispatch.capacity_factor))
+        width = math.ceil(share * LATER_ROUNDS)
+        more = -(-jnp.maximum(sizes.max() - first, 0) // width)
+        if self.expert_axes:
+            more = jax.lax.pmax(more, self.expert_axes)
 
-        def slots(index: Array | int) -> _Slots:
-            offsets = index * width + jnp.arange(width)
-            filled = offsets < sizes[:, None]
+        def slots(offsets: Array) -> _Slots:
             pairs = order[jnp.minimum(starts[:, None] + offsets, chosen.size - 1)]
-            first = jnp.arange(self.devices)[:, None] * self.local_experts
-            numbers = jnp.where(filled, chosen[pairs] - first, self.local_experts)
-            return _Slots(jnp.where(filled, pairs, chosen.size), numbers)
+            return jnp.where(offsets < sizes[:, None], pairs, chosen.size)
 
-        return _Rounds(number, slots, jnp.zeros(choices.shape[0], jnp.float32))
+        later = lambda index: slots(first + index * width + jnp.arange(width))  # noqa: E731
+        return _Rounds(slots(jnp.arange(first)), more, later, jnp.zeros(choices.shape[0], jnp.float32))
 
     def _limited(self, choices) -> "_Rounds":
         batch, length, number = choices.shape
@@ -244,18 +237,12 @@ class _Place:
         sizes = jax.vmap(lambda row: jnp.bincount(row, length=self.dispatch.num_experts))(chosen)
         starts = jnp.cumsum(sizes, axis=1) - sizes
         offsets = jnp.arange(width)
-        filled = offsets < sizes[..., None]  # [batch, experts, width]
-        at = jnp.minimum(starts[..., None] + offsets, chosen.shape[1] - 1)
+        at = jnp.minimum(starts[..., None] + offsets, chosen.shape[1] - 1)  # [batch, experts, width]
         picked = jnp.take_along_axis(order, at.reshape(batch, -1), axis=1).reshape(at.shape)
         pairs = picked % length * number + picked // length + jnp.arange(batch)[:, None, None] * (length * number)
-        pairs = jnp.where(filled, pairs, choices.size).swapaxes(0, 1).reshape(self.devices, -1)
+        pairs = jnp.where(offsets < sizes[..., None], pairs, choices.size).swapaxes(0, 1)
         dropped = jnp.maximum(sizes - width, 0).sum(1).astype(jnp.float32)
-        if self.length_axes:
-            dropped = jax.lax.psum(dropped, self.length_axes)
-        return _Rounds(1, lambda _: _Slots(pairs, jnp.zeros_like(pairs)), dropped)
-
-    def _all_to_all(self, x: Array) -> Array:
-        return jax.lax.all_to_all(x, self.expert_axes, 0, 0) if self.expert_axes else x
+        return _Rounds(pairs.reshape(self.dispatch.num_experts, -1), 0, None, dropped)
 
     def _sum_inner(self, x: Array) -> Array:
         return jax.lax.psum(x, self.inner_axes) if self.inner_axes else x
@@ -277,13 +264,15 @@ class _Place:
 class _Rounds(NamedTuple):
     """The rounds in which a device sends its pairs."""
 
-    number: Array | int
-    slots: Callable[[Array | int], _Slots]
+    first: _Slots
+    more: Array | int  # how many come after it
+    later: Callable[[Array], _Slots] | None
     dropped: Float[Array, " batch"]
 
     def run(self, one: Callable, start):
         """`one(slots, sums)` for each round in turn."""
-        if isinstance(self.number, int):
-            return one(self.slots(0), start)
-        step = lambda state: (state[0] + 1, one(self.slots(state[0]), state[1]))  # noqa: E731
-        return jax.lax.while_loop(lambda state: state[0] < self.number, step, (jnp.int32(0), start))[1]
+        sums = one(self.first, start)
+        if self.later is None:
+            return sums
+        step = lambda state: (state[0] + 1, one(self.later(state[0]), state[1]))  # noqa: E731
+        return jax.lax.while_loop(lambda state: state[0] < self.more, step, (jnp.int32(0), sums))[1]

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.lax import RaggedDotDimensionNumbers
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.layout.experts import Dispatch, run_experts
@@ -101,42 +100,31 @@ class FeedForward:
     activation: str
     gated: bool
 
-    def __call__(self, rows, weights, sizes):
+    def __call__(self, rows, weights):
         activate = ACTIVATIONS[self.activation]
         *widen, down = weights
-        hidden = activate(expert_matmul(rows, widen[0], sizes))
+        hidden = activate(expert_matmul(rows, widen[0]))
         if self.gated:
-            hidden = hidden * expert_matmul(rows, widen[1], sizes)
-        return expert_matmul(hidden, down, sizes)
+            hidden = hidden * expert_matmul(rows, widen[1])
+        return expert_matmul(hidden, down)
 
 
 @jax.custom_vjp
 def expert_matmul(
-    rows: Float[Array, "..."], weights: Float[Array, "experts inner outer"], sizes: Int[Array, " experts"] | None
-) -> Float[Array, "..."]:
+    rows: Float[Array, "experts rows inner"], weights: Float[Array, "experts inner outer"]
+) -> Float[Array, "experts rows outer"]:
     """Rows times the matrix of their expert, in the dtype of `rows`; the gradient of `weights` is summed in float32."""
-    weights = weights.astype(rows.dtype)
-    if sizes is None:
-        return jnp.einsum("erd,edf->erf", rows, weights)
-    return jax.lax.ragged_dot(rows, weights, sizes)
+    return jnp.einsum("erd,edf->erf", rows, weights.astype(rows.dtype))
 
 
-def _matmul_forward(rows, weights, sizes):
-    return expert_matmul(rows, weights, sizes), (rows, weights, sizes)
-
-
-_ROWS = RaggedDotDimensionNumbers((([0], [0]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
+def _matmul_forward(rows, weights):
+    return expert_matmul(rows, weights), (rows, weights)
 
 
 def _matmul_backward(residuals, gradient):
-    rows, weights, sizes = residuals
-    d_rows = expert_matmul(gradient, weights.swapaxes(1, 2), sizes)
-    if sizes is None:
-        d_weights = jnp.einsum("erd,erf->edf", rows, gradient, preferred_element_type=jnp.float32)
-    else:
-        wide = {"preferred_element_type": jnp.float32}
-        d_weights = jax.lax.ragged_dot_general(rows, gradient, sizes, _ROWS, **wide)
-    return d_rows, d_weights, None
+    rows, weights = residuals
+    d_rows = expert_matmul(gradient, weights.swapaxes(1, 2))
+    return d_rows, jnp.einsum("erd,erf->edf", rows, gradient, preferred_element_type=jnp.float32)
 
 
 expert_matmul.defvjp(_matmul_forward, _matmul_backward)
