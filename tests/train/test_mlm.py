@@ -1,6 +1,7 @@
 """A run of masked language modelling: what it logs, its held-out loss, and resuming."""
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import kill_campaign
 import tiny_run
 
+from jaxllm.cli.main import main
 from jaxllm.data.dataset import prepare
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.errors import UserError
@@ -95,9 +97,28 @@ def test_another_layout_reads_the_same_and_learns_the_same(text, straight, tmp_p
         assert [r.get(name, 0) for r in got] == pytest.approx([r.get(name, 0) for r in want], rel=1e-5), name
 
 
-def test_it_does_not_continue_texts(straight):
+def mistake(argv, capsys) -> str:
+    code, said = main([str(argument) for argument in argv]), capsys.readouterr().err.strip().splitlines()
+    assert code == 2 and not any("Traceback" in line for line in said)
+    return said[-1]
+
+
+def test_it_fills_masks(straight, capsys):
+    prompts = ["--prompt", "the <mask> sat on", "--prompt", "a<mask>"]
+    assert main(["generate", f"--workdir={straight}", *prompts, "--json"]) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["text"].startswith("the") and first["text"].endswith(" sat on") and len(first["tokens"]) == 1
+    assert second["prompt"] == "a<mask>" and second["text"] != "a"
+
+
+def test_it_does_not_continue_texts(straight, text, capsys):
+    """generate without a mask, chat, and evaluation, which would take what it sees for what it knows."""
     with pytest.raises(UserError, match="does not continue a text"):
         Engine(open_run(straight))
+    run = f"--workdir={straight}"
+    assert "Write <mask> where a token is missing." in mistake(["generate", run, "--prompt=the cat"], capsys)
+    assert "sees what comes next does not continue a text." in mistake(["chat", run], capsys)
+    assert "sees what comes next gives texts no prob" in mistake(["evaluate", run, f"--input={text}"], capsys)
 
 
 @pytest.mark.parametrize("name", ["mlm", "pretrain"])
