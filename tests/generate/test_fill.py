@@ -48,7 +48,7 @@ def test_a_batch_on_any_mesh_is_filled_like_each_prompt_alone(bidirectional):
     alone = [fill(bidirectional, [prompt])[0] for prompt in PROMPTS]
     assert fill(bidirectional, PROMPTS) == alone
     layout = make_layout(MeshConfig(data=2, model=2), LayoutConfig(zero_stage=0), devices=jax.devices()[:4])
-    weights = cast_for_use(bidirectional.weights, bidirectional.spec, layout, "float32")
+    weights = cast_for_use(jax.device_get(bidirectional.weights), bidirectional.spec, layout, "float32")
     assert fill(bidirectional._replace(weights=weights, layout=layout), PROMPTS) == alone
 
 
