@@ -27,6 +27,13 @@ CONFIG = "bert_wikitext.py"
 BATCH = 16  # rows read at once; any will do
 
 
+def data_of(workdir: Path) -> Dataset:
+    """What the run in `workdir` was trained and evaluated on."""
+    config = read_run_config(workdir)
+    length = config.data.length or config.model.max_length
+    return prepare(config.data, length=length, kind=STEPS[config.train_step].batch, progress=False)
+
+
 def held_out_targets(data: Dataset) -> Int[np.ndarray, " masked"]:
     """The tokens that an evaluation asks for."""
     layout = make_layout(MeshConfig(), LayoutConfig(), devices=jax.devices()[:1])
@@ -62,9 +69,7 @@ def main() -> None:
     final = final_evaluation(arguments.workdir)
     assert final is not None, "the run ended without an evaluation at its last step"
 
-    config = read_run_config(arguments.workdir)
-    length = config.data.length or config.model.max_length
-    data = prepare(config.data, length=length, kind=STEPS[config.train_step].batch)
+    data = data_of(arguments.workdir)
     masked = len(held_out_targets(data))
     print(f"\n{data.train_tokens:,} tokens to learn from, {masked:,} held-out ones masked; {machine()}\n")
     print("| model | loss of the held-out masked tokens, nats | perplexity | training |\n| --- | --- | --- | --- |")

@@ -37,10 +37,17 @@ def read_split(path: str, marker: str) -> tuple[str, str]:
     return train, held_out
 
 
-def train(config: str, path: str, workdir: Path) -> tuple[float, float]:
+def train(config: str, path: str, workdir: Path, *flags: str) -> tuple[float, float]:
     """Runs the jaxllm command with a file of configs/, its output on stderr; (minutes by the clock, CPU seconds)."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    flags = ["--config", str(ROOT / "configs" / config), "--workdir", str(workdir), f"--config.data.path={path}"]
+    flags = (
+        "--config",
+        str(ROOT / "configs" / config),
+        "--workdir",
+        str(workdir),
+        f"--config.data.path={path}",
+        *flags,
+    )
     used, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     subprocess.run([*JAXLLM, "train", *flags], check=True, env=environment, stdout=sys.stderr)
     now = resource.getrusage(resource.RUSAGE_CHILDREN)
