@@ -12,8 +12,9 @@ def get_config():
     config = base_config()
     config.train_step = "mlm"
     config.model.update(presets.bert_base(num_layers=2, embed_dim=128, num_heads=4, max_length=64, token_types=0))
-    # With norms after (BERT's own place) a run stays at the unigram twice as long before it learns from the context.
-    config.model.update(norm_position="pre", norm_epsilon=1e-5)
+    # With learned positions and norms after, as BERT has them, a run stays at the unigram for hundreds of steps before
+    # it learns from the context; so here they are those of newer BERTs (Warner et al. 2024).
+    config.model.update(positions="rope", norm_position="pre")
     config.data.update(source="text", path="", tokenizer="bpe:2000", held_out="0.05", batch_size=32)
     config.precision.update(compute="float32")  # CPUs multiply float32 faster than bfloat16
     config.layout.update(scan_layers=False)

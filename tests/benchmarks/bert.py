@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.bert --path ../shared/data/wikitext2_valid.txt --workdir runs/bert
 
-Trains configs/bert_wikitext.py with the jaxllm command, unless WORKDIR holds a finished run, and prints the table.
-Both sides are asked for the same tokens at the same places: those of the run's own evaluation. The unigram, the
-frequencies of the tokens in the training part, is where a model stays that has learned nothing from the context.
+Trains configs/bert_wikitext.py with the jaxllm command, unless WORKDIR holds a finished run, and prints the table;
+further flags (--config.GROUP.FIELD=VALUE) are those of jaxllm train. Both sides are asked for the same tokens at the same
+places: those of the run's own evaluation. The unigram, the frequencies of the tokens in the training part, is where a
+model stays that has learned nothing from the context.
 """
 
 import argparse
@@ -58,13 +59,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", required=True, help="wikitext2_valid.txt")
     parser.add_argument("--workdir", type=Path, default=Path("runs/bert"))
-    arguments = parser.parse_args()
+    arguments, flags = parser.parse_known_args()
     if not Path(arguments.path).is_file():
         parser.error(f"--path {arguments.path}: no such file")
 
     cost = "trained before"
     if final_evaluation(arguments.workdir) is None:
-        minutes, cpu = train(CONFIG, arguments.path, arguments.workdir)
+        minutes, cpu = train(CONFIG, arguments.path, arguments.workdir, *flags)
         cost = f"{minutes:.1f} minutes, {cpu:,.0f} CPU seconds"
     final = final_evaluation(arguments.workdir)
     assert final is not None, "the run ended without an evaluation at its last step"

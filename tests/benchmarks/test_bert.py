@@ -31,10 +31,10 @@ def test_the_unigram_by_hand(tmp_path):
 
 @pytest.mark.skipif(not WIKITEXT.exists(), reason=f"{WIKITEXT} is not there")
 def test_a_short_run_is_below_the_unigram(tmp_path, monkeypatch):
-    """What a model that learned nothing from the context costs, and 0.3 nats less. A fifth of the benchmark's steps."""
+    """By half a nat, after a tenth of the benchmark's steps. At the unigram is who learned nothing from the context."""
     monkeypatch.setenv("XLA_FLAGS", "")  # one device, compiled to be fast
     monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path / "cache"))
-    flags = ("--config.train.steps=200", "--config.train.eval_every=0", "--config.train.checkpoint_every=0")
+    flags = ("--config.train.steps=100", "--config.train.eval_every=0", "--config.train.checkpoint_every=0")
     train(bert.CONFIG, str(WIKITEXT), tmp_path / "run", *flags)
     loss, baseline = final_evaluation(tmp_path / "run")["eval_loss"], bert.unigram_loss(bert.data_of(tmp_path / "run"))
-    assert loss < baseline - 0.3
+    assert loss < baseline - 0.5
