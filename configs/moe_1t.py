@@ -19,7 +19,7 @@ def get_config():
     config.mesh.update(pipeline=16, data=-1, expert=32, model=4)
     # What is no expert's is spread over the devices of the experts too.
     config.layout.update(
-        zero_stage=1,
+        zero_stage=2,
         rule_overrides="state=data+expert",
         sequence_parallel=True,
         num_microbatches=64,
