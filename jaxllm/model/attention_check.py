@@ -66,7 +66,7 @@ def _checked(layout: Layout, config: ModelConfig, compute: str, platform: str) -
     others = " or ".join(f"--config.layout.{other}" for other in others)
     try:
         output, gradients = jax.device_get(
-            _differences(layout, pattern_of(config), config.num_heads, config.num_kv_heads, config.head_dim, compute)
+            _differences(layout, _shown(config), config.num_heads, config.num_kv_heads, config.head_dim, compute)
         )
     except (RuntimeError, ValueError, NotImplementedError) as error:
         if layout.attention == "xla":
