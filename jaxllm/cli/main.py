@@ -16,6 +16,7 @@ VERBS = {
     "generate": "continue prompts",
     "chat": "talk with a model in the terminal",
     "evaluate": "loss, perplexity and bits per character of files",
+    "convert": "a model from or to a Hugging Face directory",
     "layouts": "every layout of a model on N devices: legal, measured",
     "explain": "where each tensor lies under a layout, and what each collective is for",
 }

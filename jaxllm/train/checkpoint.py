@@ -84,7 +84,7 @@ class Checkpoints:
         step = int(state.step)
         run = {
             "config": dict(config),
-            "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
+            "versions": _versions(),
             "metrics": dict(metrics),
             "parameter_hash": tree_hash(state.params),
             "state_hash": tree_hash(_rest(state)),
@@ -101,6 +101,18 @@ class Checkpoints:
                 ),
             )
         )
+
+    def save_params(self, params: Params, config: Mapping[str, Any]) -> None:
+        """Saves parameters that were not trained here as step 0, without a train state, and waits for it.
+
+        Raises:
+          UserError: the disk is full or not writable.
+        """
+        run = {"config": dict(config), "versions": _versions(), "metrics": {}, "parameter_hash": tree_hash(params)}
+        self._saving = 0
+        args = ocp.args.Composite(params=ocp.args.StandardSave(params), run=ocp.args.JsonSave(run))
+        self._guard(lambda: self._orbax.save(self.directory / "0", args=args))
+        self.wait()
 
     def wait(self) -> None:
         """Waits until the save under way is committed, then removes the checkpoints that are no longer kept.
@@ -277,6 +289,10 @@ def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
         registry.add(item, ocp.args.JsonSave, text)
         registry.add(item, ocp.args.JsonRestore, text)
     return registry
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in VERSIONED}
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
