@@ -49,7 +49,7 @@ def read_model(file: Path) -> ReadConfig:
     if keys.get("quantization_config"):
         method = keys["quantization_config"].get("quant_method", "?")
         raise UserError(
-            f"{file}: quantization_config: the weights are quantized ({method}). Convert the model that they were made from."
+            f"{file}: quantization_config: the weights are quantized ({method}). Convert the model that they came from."
         )
     try:
         return ReadConfig(family, family.read(keys), keys)
@@ -66,9 +66,7 @@ def _family(file: Path, keys: Mapping[str, Any]) -> Family:
     if name is None and keys.get("model_type") in types:
         return types[keys["model_type"]]
     if name is None:
-        raise UserError(
-            f"{file}: names no architecture: 'architectures' or 'model_type' must be one that is known here."
-        )
+        raise UserError(f"{file}: names no architecture: 'architectures' or a known 'model_type' must be there.")
     if name not in known:
         hint = did_you_mean(str(name), [family.architecture for family in FAMILIES])
         raise UserError(f"{file}: the architecture {name} is unknown here. {hint}")
@@ -100,21 +98,11 @@ def write_model(model: ModelConfig, original: Mapping[str, Any] | None) -> tuple
 
 def _find(model: ModelConfig) -> Family:
     """The first family that says all of a model."""
-    missing = {
-        family: differing(family.read(family.write(model)), model) for family in FAMILIES if _writes(family, model)
-    }
-    nearest = min(missing, key=lambda family: len(missing[family]))
-    if missing[nearest]:
-        raise _not_a(nearest, missing[nearest])
+    missing = [(family, differing(family.read(family.write(model)), model)) for family in FAMILIES]
+    nearest, fields = min(missing, key=lambda pair: len(pair[1]))
+    if fields:
+        raise _not_a(nearest, fields)
     return nearest
-
-
-def _writes(family: Family, model: ModelConfig) -> bool:
-    try:
-        family.read(family.write(model))
-    except UserError:
-        return False
-    return True
 
 
 def _not_a(family: Family, missing: Mapping[str, tuple[Any, Any]]) -> UserError:

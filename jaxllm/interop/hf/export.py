@@ -14,7 +14,7 @@ from jaxllm.errors import UserError
 from jaxllm.generate.run import at_rest
 from jaxllm.interop.hf.config import ReadConfig, read_json, write_model
 from jaxllm.interop.hf.files import DTYPES, NewTensor, write_tensors
-from jaxllm.interop.hf.load import GENERATION, ORIGIN, TOKEN_IDS, TOKENIZER_FILES, open_weights, write_json
+from jaxllm.interop.hf.load import GENERATION, TOKEN_IDS, TOKENIZER_FILES, open_weights, write_json
 from jaxllm.interop.hf.tensors import FileTensor, file_tensors, pieces_of
 from jaxllm.interop.hf.whole import whole_or_nothing
 from jaxllm.layout.layout import as_dtype, make_layout
@@ -22,6 +22,7 @@ from jaxllm.layout.scope import path_name
 from jaxllm.model.spec import ModelSpec, model_spec
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.config import Config
+from jaxllm.train.initial import ORIGIN
 
 Params = Mapping[str, jax.Array]  # by path
 
@@ -68,9 +69,7 @@ def export_run(
         keys |= {key: value for key, value in ids.items() if not origin.keys}
         write_json(partial / "config.json", keys | {"torch_dtype": origin.dtype, "dtype": origin.dtype})
         _verify(partial, ReadConfig(family, spec.config, keys), spec, params, origin)
-    say(
-        f"{folder}: {family.architecture}, {spec.num_parameters:,} parameters, mostly {origin.dtype}, read back and equal"
-    )
+    say(f"{folder}: {family.architecture}, {spec.num_parameters:,} parameters as {origin.dtype}, read back and equal")
 
 
 def _origin(workdir: Path) -> Origin:
@@ -98,13 +97,18 @@ def _restore(config: Config, spec: ModelSpec, workdir: Path, say: Callable[[str]
 
 
 def _new_tensor(name: str, tensor: FileTensor, params: Params, dtype: np.dtype) -> NewTensor:
-    def make() -> np.ndarray:
-        made = np.empty(tensor.shape, dtype)
-        for piece, index in tensor.pieces:
-            piece.write(made, gather(params[piece.row.path], index, bind(_cast, name=name, dtype=dtype)))
-        return made
+    cast = bind(_cast, name=name, dtype=dtype)
+    return NewTensor(tensor.shape, dtype, lambda: as_in_file(tensor, params, cast, dtype))
 
-    return NewTensor(tensor.shape, dtype, make)
+
+def as_in_file(
+    tensor: FileTensor, params: Params, cast: Callable[[np.ndarray], np.ndarray] = np.asarray, dtype: Any = np.float32
+) -> np.ndarray:
+    """A tensor of the file, on the host, made of `params`, or of anything of their shapes."""
+    made = np.empty(tensor.shape, dtype)
+    for piece, index in tensor.pieces:
+        piece.write(made, gather(params[piece.row.path], index, cast))
+    return made
 
 
 def gather(leaf: jax.Array, index: tuple[int, ...], cast: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

@@ -46,7 +46,7 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
     for file in _files(folder):
         try:
             with safe_open(file, framework="np") as opened:
-                for name in opened.keys():
+                for name in opened.keys():  # noqa: SIM118  it is no dict
                     part = opened.get_slice(name)
                     if name in tensors:
                         raise UserError(f"{file}: the tensor {name} is in {tensors[name].file.name} too.")
@@ -69,14 +69,12 @@ def _files(folder: Path) -> list[Path]:
         for name in files:
             if Path(name).name != name or not (folder / name).is_file():
                 tensor = next(tensor for tensor, file in names.items() if file == name)
-                raise UserError(
-                    f"{folder / INDEX} puts {tensor} into {name}, and there is no such file. Fetch it again."
-                )
+                raise UserError(f"{folder / INDEX} puts {tensor} into {name}, but there is no such file. Fetch it.")
         return [folder / name for name in files]
     pickles = sorted({path.name for pattern in PICKLES for path in folder.glob(pattern)})
     if pickles:
         raise UserError(
-            f"{folder / pickles[0]} is not opened: weights are read from safetensors files only, a pickle can run code.\n"
+            f"{folder / pickles[0]} is not opened: a pickle can run code, so weights are read from safetensors only.\n"
             "Convert it with transformers, where you trust it: model.save_pretrained(DIR, safe_serialization=True)."
         )
     raise UserError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX} is there.")
@@ -129,9 +127,9 @@ def _shards(tensors: Mapping[str, NewTensor], max_shard_size: int) -> list[list[
 def _write_file(file: Path, names: Iterable[str], tensors: Mapping[str, NewTensor]) -> None:
     """The format: 8 bytes, the length of a JSON header padded to 8, the header, the data end to end.
 
-    Tensors of wider types come first, as the format's own writer puts them, so that each is aligned.
+    Wider types first, then by name: in the order of the format's own writer.
     """
-    names = sorted(names, key=lambda name: -tensors[name].dtype.itemsize)
+    names = sorted(names, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in names:

@@ -24,6 +24,7 @@ from jaxllm.layout.scope import path_name
 from jaxllm.model.spec import ModelSpec, model_spec
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.config import Config, config_dict
+from jaxllm.train.initial import ORIGIN
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -41,7 +42,6 @@ TOKENIZER_FILES = (
 )
 GENERATION = "generation_config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-ORIGIN = "huggingface"  # folder of a WORKDIR: what an export needs of the directory that it came from
 COMPARED_AT_ONCE = 1 << 24  # elements
 
 
