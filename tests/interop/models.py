@@ -82,8 +82,9 @@ def make(architecture: str, config: Mapping[str, Any], dtype: str = "float32", s
         for name, parameter in model.named_parameters():
             is_norm = parameter.ndim == 1 and name.endswith("weight")
             values = generator.normal(float(is_norm), 0.15, parameter.shape).astype(np.float32)
-            parameter.copy_(torch.from_numpy(values))
-    return model.to(getattr(torch, dtype))
+            # The parameters alone change their dtype, as when a model is loaded: frequencies stay float32.
+            parameter.data = torch.from_numpy(values).to(getattr(torch, dtype))
+    return model
 
 
 def save(model, folder: Path, tokenizer=None, **options: Any) -> Path:

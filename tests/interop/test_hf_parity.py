@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.interop.models import MODELS, ROPE, VOCABULARY, make, save, stretched, torch
-
 from jaxllm.generate.decode import Decoder
 from jaxllm.generate.run import Run, open_run, read_run_config
 from jaxllm.generate.sampling import Sampling
@@ -20,6 +18,7 @@ from jaxllm.layout.config import LayoutConfig, MeshConfig
 from jaxllm.layout.layout import make_layout
 from jaxllm.layout.scope import map_leaves
 from jaxllm.train.config import Config, PrecisionConfig
+from tests.interop.models import MODELS, ROPE, VOCABULARY, make, save, stretched, torch
 
 LENGTHS = ((20, 12), (25,))  # two documents in one row; one and padding
 WIDTH = 32

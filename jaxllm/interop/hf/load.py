@@ -164,7 +164,7 @@ def _check_copy(copy: Stored, original: Stored) -> None:
     same = copy.shape == original.shape
     rows = max(COMPARED_AT_ONCE // int(np.prod(original.shape[1:])), 1)
     for start in range(0, original.shape[0] if same else 0, rows):
-        part = (slice(start, start + rows), *[slice(None)] * (len(original.shape) - 1))
+        part = (slice(start, min(start + rows, original.shape[0])), *[slice(None)] * (len(original.shape) - 1))
         same = same and np.array_equal(copy.read(part), original.read(part))
     if not same:
         raise UserError(
