@@ -23,6 +23,7 @@ def whole_or_nothing(target: Path) -> Iterator[Path]:
     if target.exists() or target.is_symlink():
         raise UserError(f"--to {target} exists. Give a new folder, or remove it first.")
     partial = target.parent / f".{target.name}.partial-{os.getpid()}"
+    parents = [folder for folder in target.parents if not folder.exists()]
     try:
         with _terminated_is_raised():
             partial.mkdir(parents=True)
@@ -36,6 +37,9 @@ def whole_or_nothing(target: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for folder in parents:
+            with contextlib.suppress(OSError):  # not there, or not empty: `target` is in it
+                folder.rmdir()
 
 
 @contextlib.contextmanager
