@@ -15,7 +15,8 @@ EXAMPLES = """\
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser("chat", "Talks with a model: your lines and its answers are one growing text.", EXAMPLES)
+    what = "Talks with a model: your lines and its answers are one growing text, by its chat template if it has one."
+    parser = Parser("chat", what, EXAMPLES)
     workdir.add_flags(parser)
     add_sampling_flags(parser, temperature=0.8)
     parser.add_argument("--system", default="", metavar="TEXT", help="what stands before the conversation")
@@ -23,7 +24,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--assistant", default="Assistant", metavar="NAME", help="and the model's (%(default)s)")
     options, overrides = parser.parse_with_overrides(argv)
 
-    from jaxllm.generate.chat import Chat, PlainRoles
+    from jaxllm.generate.chat import Chat, PlainRoles, TemplateRoles
     from jaxllm.generate.sampling import Sampling
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -35,7 +36,8 @@ def main(argv: list[str]) -> int:
 
     if jax.process_count() > 1:
         raise UserError("chat runs in one process: start it on one machine.")
-    roles = PlainRoles(options.user, options.assistant, options.system)
+    marks, template = (options.user, options.assistant, options.system), run.tokenizer.chat_template
+    roles = PlainRoles(*marks) if template is None else TemplateRoles(template, *marks)
     chat = Chat(Engine(run), roles, sampling, options.max_new_tokens, stop=options.stop, seed=options.seed)
     return _loop(chat)
 

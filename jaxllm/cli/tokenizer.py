@@ -4,13 +4,14 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import rich.console
 import rich.progress
 
 from jaxllm.cli.flags import Parser
 from jaxllm.data.sources import Source, open_source
-from jaxllm.data.tokenizer import SentencePieceTokenizer
+from jaxllm.data.tokenizer import CONFIG_FILE, JSON_FILE, SentencePieceTokenizer
 from jaxllm.data.tokenizer_training import KINDS, SAMPLE_BYTES, train_tokenizer
 from jaxllm.errors import UserError, did_you_mean
 
@@ -44,6 +45,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--kind={flags.kind} is unknown. {did_you_mean(flags.kind, KINDS)}")
     if flags.vocab_size < 1 or flags.sample_bytes < 1:
         raise UserError(f"--vocab_size={flags.vocab_size} and --sample_bytes={flags.sample_bytes} must be above 0.")
+    if foreign := [name for name in (JSON_FILE, CONFIG_FILE) if (Path(flags.out) / name).exists()]:
+        raise UserError(f"--out={flags.out} holds a Hugging Face tokenizer ({foreign[0]}). Write to another folder.")
     source = open_source(flags.source, flags.input, flags.field)
     tokenizer = _train(source, flags)
     try:

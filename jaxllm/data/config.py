@@ -10,7 +10,7 @@ class DataConfig:
     source: str = "text"  # text | jsonl | parquet | arrayrecord | tfds:name/config:split | mixture
     path: str = ""  # files, globs or folders, joined by commas; of a mixture: "text:a.txt=0.7,jsonl:b.jsonl.gz=0.3"
     field: str = "text"  # the field of a record (jsonl, parquet, tfds, arrayrecord) that holds the text
-    tokenizer: str = "bpe:8000"  # a .model file or a folder with one; "bpe:N" or "unigram:N" trains one of N pieces
+    tokenizer: str = "bpe:8000"  # "bpe:N", "unigram:N": trained; else a folder with tokenizer.json or a .model file
     held_out: str = "0.01"  # for evaluation: a fraction, "file:PATH", or a text from whose first occurrence on; "" none
     length: int = 0  # tokens a sequence; 0: config.model.max_length
     batch_size: int = 32  # sequences a step, over all devices

@@ -20,6 +20,7 @@ class Document(NamedTuple):
     text: str
     origin: str  # for messages: "books.jsonl:17"
     progress: float = 1.0  # part of the source that is read with this document, 0 to 1
+    file: str = ""  # the file it is in, as it was found
 
 
 class Source(Protocol):
@@ -46,7 +47,7 @@ class FileSource:
             for text, origin, position in self._read(file, self.field):
                 empty = empty and not text.strip()
                 if text:
-                    yield Document(text, origin, min((before + position) / total, 1.0))
+                    yield Document(text, origin, min((before + position) / total, 1.0), str(file.path))
             before += file.path.stat().st_size
         if empty:
             raise UserError(f"{self.path}: no document: there is no text in it.")
@@ -70,6 +71,16 @@ def read_text(file: files.InputFile, field: str) -> Read:
 
 def read_jsonl(file: files.InputFile, field: str) -> Read:
     """One JSON object a line; blank lines are skipped."""
+    for record, where, position in read_records(file):
+        yield text_field(record, field, where), where, position
+
+
+def read_records(file: files.InputFile) -> Iterator[tuple[Any, str, int]]:
+    """The JSON value of each line that is not blank, its origin ("a.jsonl:17"), and the bytes of the file read so far.
+
+    Raises:
+      UserError: broken JSON, or an empty file that was named.
+    """
     offset, records = 0, 0
     with files.Reader(file.path) as reader:
         for number, line in enumerate(reader.lines(), start=1):
@@ -84,7 +95,7 @@ def read_jsonl(file: files.InputFile, field: str) -> Read:
                 what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
                 raise UserError(f"{where}: broken JSON: {what}. A jsonl file holds one JSON object a line.") from error
             records += 1
-            yield text_field(record, field, where), where, reader.position
+            yield record, where, reader.position
     if file.named and not records:
         raise UserError(f"{file.path}: the file is empty.")
 

@@ -1,7 +1,7 @@
 """Text to token ids and back, exactly: newlines, runs of spaces and indentation survive.
 
-`Tokenizer` is what the rest of the package knows. sentencepiece is behind it today; another backend implements the
-abstract methods and is opened in `load_tokenizer`.
+`Tokenizer` is what the rest of the package knows. sentencepiece is behind it here, the `tokenizers` package in
+`jaxllm.data.huggingface_tokenizer`; another backend implements the abstract methods and is opened in `load_tokenizer`.
 """
 
 import abc
@@ -15,23 +15,36 @@ from pathlib import Path
 
 import sentencepiece
 
+from jaxllm.data.chat_template import TEMPLATE_FILE, ChatTemplate, find_template
 from jaxllm.errors import UserError
 
 MODEL_FILE = "tokenizer.model"
+JSON_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+# What a tokenizer's folder may hold, and is read.
+FILES = (JSON_FILE, MODEL_FILE, CONFIG_FILE, "special_tokens_map.json", "generation_config.json", TEMPLATE_FILE)
 SPACE = "\u2581"  # how sentencepiece writes a space inside a piece
 CHUNK = 1 << 16  # characters encoded at once; a longer text is cut at a line end
 UNKNOWN = "\ufffd".encode()
 
 
 class Tokenizer(abc.ABC):
-    """Token ids of texts. `bos_id`, `eos_id`, `pad_id` are None where the tokenizer has no such token."""
+    """Token ids of texts. `bos_id`, `eos_id`, `pad_id`, `mask_id` are None where the tokenizer has no such token."""
 
-    vocab_size: int
-    bos_id: int | None
-    eos_id: int | None
+    vocab_size: int  # the largest id and one
+    bos_id: int | None  # what documents and prompts begin with; None where nothing is put in front of them
+    eos_id: int | None  # what documents end with
     pad_id: int | None
+    mask_id: int | None
     fingerprint: str  # hash of everything the ids depend on
     specials: Mapping[str, int]  # tokens that stand for no text of their own, by name: <s>, </s>, <|user|>, …
+    chat_template: ChatTemplate | None = None
+    puts_space: bool = False  # a text is encoded with a space in front, which decoding takes away
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Every token that ends an answer; often an end of turn beside `eos_id`."""
+        return frozenset() if self.eos_id is None else frozenset({self.eos_id})
 
     @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str], *, num_threads: int | None = None) -> list[list[int]]:
@@ -43,7 +56,7 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the tokenizer into `folder`, from which `load_tokenizer` opens it."""
+        """Writes the tokenizer into `folder`, in place of one that is there; `load_tokenizer` opens it again."""
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """The ids of `text`, without bos or eos.
@@ -59,7 +72,8 @@ class Tokenizer(abc.ABC):
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of `tokens`; special tokens are left out, bytes that are no UTF-8 become U+FFFD."""
-        return b"".join(map(self.token_bytes, tokens)).decode("utf-8", "replace")
+        text = b"".join(map(self.token_bytes, tokens)).decode("utf-8", "replace")
+        return text.removeprefix(" ") if self.puts_space else text
 
     def stream(self) -> "TextStream":
         """Decodes tokens one by one, as they are generated."""
@@ -95,7 +109,8 @@ class SentencePieceTokenizer(Tokenizer):
     A foreign model may change the text (NFKC, a space in front); then decoding gives the changed text.
     """
 
-    def __init__(self, model: bytes):
+    def __init__(self, model: bytes, template: str | None = None):
+        """`model`: the content of a .model file; `template`: that of a chat_template.jinja beside it."""
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self._model, self._processor = model, processor
         self.vocab_size = processor.vocab_size()
@@ -105,9 +120,14 @@ class SentencePieceTokenizer(Tokenizer):
         self.fingerprint = hashlib.sha256(model).hexdigest()
         controls = [i for i in range(self.vocab_size) if processor.is_control(i)]
         self.specials = {processor.id_to_piece(i): i for i in controls}
+        self.mask_id = self.specials.get("<mask>", self.specials.get("[MASK]"))
+        if template is not None:
+            ends = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+            names = {key: processor.id_to_piece(i) for key, i in ends.items() if i is not None}
+            self.chat_template = ChatTemplate(template, names)
         self._bytes = [_piece_bytes(processor, i) for i in range(self.vocab_size)]
         # A model that puts a space in front of every text (Llama 2) must be given whole texts.
-        self._puts_space = processor.id_to_piece(processor.encode("a")[0]).startswith(SPACE)
+        self.puts_space = processor.id_to_piece(processor.encode("a")[0]).startswith(SPACE)
         self._space = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         if any(processor.is_unknown(i) for i in self._space):
             self._space = []
@@ -119,7 +139,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _chunks(self, text: str) -> Iterator[str]:
         """Pieces of `text` to encode one by one. A literal U+2581, which sentencepiece takes for a space, is one."""
-        if self._puts_space:
+        if self.puts_space:
             yield text
             return
         for part in re.split(f"({SPACE})", text) if self._space and SPACE in text else [text]:
@@ -133,16 +153,9 @@ class SentencePieceTokenizer(Tokenizer):
     def token_bytes(self, token: int) -> bytes:
         return self._bytes[token]
 
-    def decode(self, tokens: Iterable[int]) -> str:
-        text = super().decode(tokens)
-        return text.removeprefix(" ") if self._puts_space else text
-
     def save(self, folder: str | os.PathLike[str]) -> None:
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        partial = path / f".{MODEL_FILE}.{os.getpid()}"
-        partial.write_bytes(self._model)
-        partial.replace(path / MODEL_FILE)
+        template = {TEMPLATE_FILE: self.chat_template.source.encode()} if self.chat_template else {}
+        write_files(folder, {MODEL_FILE: self._model, **template})
 
 
 def _given(token: int) -> int | None:
@@ -165,22 +178,48 @@ def _join(ids: Iterable[list[int]], parts: Sequence[str], space: list[int]) -> l
     return joined
 
 
+def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> None:
+    """Writes a tokenizer's files into `folder`. Those of one that was there go: what it had more would be read, too."""
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        if name not in files:
+            (path / name).unlink(missing_ok=True)
+    for name, content in files.items():
+        partial = path / f".{name}.{os.getpid()}"
+        partial.write_bytes(content)
+        partial.replace(path / name)
+
+
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Opens a sentencepiece `.model` file, or the one in a folder.
+    """Opens a Hugging Face `tokenizer.json` with what its folder says about it, or a sentencepiece `.model` file.
+
+    Of a folder that holds both, `tokenizer.json` is taken: it is what an imported model was trained with.
 
     Raises:
-      UserError: nothing there, a folder with none or several models, or a file that is no sentencepiece model.
+      UserError: nothing there, a folder with none or several models, or a file that is broken or something else.
     """
     file = Path(path).expanduser()
     if file.is_dir():
-        models = [file / MODEL_FILE] if (file / MODEL_FILE).exists() else sorted(file.glob("*.model"))
+        named = [file / name for name in (JSON_FILE, MODEL_FILE) if (file / name).exists()]
+        models = named[:1] or sorted(file.glob("*.model"))
         if len(models) != 1:
             found = ", ".join(m.name for m in models) or "none"
-            raise UserError(f"{path}: a tokenizer folder holds one sentencepiece .model file; found {found}.")
+            raise UserError(
+                f"{path}: a tokenizer folder holds {JSON_FILE} or one sentencepiece .model file; found {found}."
+            )
         file = models[0]
     if not file.exists():
-        raise UserError(f"{path}: no such tokenizer. Give a sentencepiece .model file, a folder with one, or bpe:N.")
+        raise UserError(
+            f"{path}: no such tokenizer. Give a folder with {JSON_FILE}, a sentencepiece .model file, or bpe:N."
+        )
+    if file.suffix == ".json":
+        from jaxllm.data.huggingface_tokenizer import open_huggingface_tokenizer  # imports this module
+
+        return open_huggingface_tokenizer(file)
     try:
-        return SentencePieceTokenizer(file.read_bytes())
+        template = file.parent / TEMPLATE_FILE
+        source = find_template(template.read_bytes() if template.is_file() else None, {}, file.parent)
+        return SentencePieceTokenizer(file.read_bytes(), source)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"{file} is not a sentencepiece model, or is broken.") from error

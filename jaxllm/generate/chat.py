@@ -1,9 +1,10 @@
-"""A conversation as one growing text, in a plain role format."""
+"""A conversation as one growing text, by the model's own chat template or in a plain role format."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
+from jaxllm.data.chat_template import ChatTemplate
 from jaxllm.errors import UserError
 from jaxllm.generate.engine import Engine
 from jaxllm.generate.sampling import Sampling
@@ -16,6 +17,24 @@ class Turn(NamedTuple):
     assistant: str
 
 
+class Roles(Protocol):
+    """How turns become text."""
+
+    @property
+    def user(self) -> str: ...  # how the user's turns are marked on the screen
+
+    @property
+    def assistant(self) -> str: ...
+
+    @property
+    def special(self) -> bool: ...  # whether names of special tokens in the text are those tokens, bos among them
+
+    @property
+    def stop(self) -> tuple[str, ...]: ...  # texts that end an answer
+
+    def prompt(self, turns: Sequence[Turn], line: str) -> str: ...  # the text up to where the answer begins
+
+
 @dataclass(frozen=True)
 class PlainRoles:
     """User: …\\nAssistant: …\\n, for models that know no chat template of their own."""
@@ -23,6 +42,7 @@ class PlainRoles:
     user: str = "User"
     assistant: str = "Assistant"
     system: str = ""
+    special: ClassVar[bool] = False
 
     def prompt(self, turns: Sequence[Turn], line: str) -> str:
         """The text up to where the model's answer begins."""
@@ -36,13 +56,36 @@ class PlainRoles:
         return (f"\n{self.user}:", f"\n{self.assistant}:")
 
 
+@dataclass(frozen=True)
+class TemplateRoles:
+    """The roles of a chat template, which marks turns by special tokens; the names are those on the screen."""
+
+    template: ChatTemplate
+    user: str = "User"
+    assistant: str = "Assistant"
+    system: str = ""
+    special: ClassVar[bool] = True
+    stop: ClassVar[tuple[str, ...]] = ()  # the tokenizer knows which tokens end an answer
+
+    def prompt(self, turns: Sequence[Turn], line: str) -> str:
+        """The text up to where the model's answer begins.
+
+        Raises:
+          UserError: the template refuses the conversation: for some, one with a system message.
+        """
+        said = [part for turn in turns for part in (("user", turn.user), ("assistant", turn.assistant))]
+        spoken = [*([("system", self.system)] if self.system else []), *said, ("user", line)]
+        messages = [{"role": role, "content": content} for role, content in spoken]
+        return self.template.render(messages, add_generation_prompt=True).text
+
+
 class Chat:
     """A conversation with a model. The oldest turns are dropped when the context has no room for the answer."""
 
     def __init__(
         self,
         engine: Engine,
-        roles: PlainRoles,
+        roles: Roles,
         sampling: Sampling,
         max_new_tokens: int = 200,
         *,
@@ -77,7 +120,13 @@ class Chat:
 
         stop = (*self.roles.stop, *self._stop)
         (completion,) = self._engine.generate(
-            [prompt], self._max_new_tokens, self._sampling, stop=stop, seed=self._seed, on_text=show
+            [prompt],
+            self._max_new_tokens,
+            self._sampling,
+            special=self.roles.special,
+            stop=stop,
+            seed=self._seed,
+            on_text=show,
         )
         self._seed += 1  # the same line said twice may be answered in two ways
         answer = completion.text.strip()
@@ -89,7 +138,7 @@ class Chat:
         room = self._engine.max_length - self._max_new_tokens
         while True:
             prompt = self.roles.prompt(self.turns, line)
-            length = self._engine.count_tokens(prompt)
+            length = self._engine.count_tokens(prompt, special=self.roles.special)
             if length <= room:
                 return prompt
             if not self.turns:

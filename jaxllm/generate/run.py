@@ -4,9 +4,9 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import NamedSharding
@@ -20,7 +20,8 @@ from jaxllm.layout.layout import Layout, as_dtype, make_layout
 from jaxllm.model.attention_check import check_backend
 from jaxllm.model.spec import ModelSpec, model_spec
 from jaxllm.train.checkpoint import Checkpoints
-from jaxllm.train.config import Config, read_config
+from jaxllm.train.checks import check_for_use
+from jaxllm.train.config import Config, config_dict, read_config
 
 
 class Run(NamedTuple):
@@ -67,6 +68,30 @@ def layout_for_use(config: Config, num_devices: int) -> Config:
     mesh = folded if fits else MeshConfig(data=-1, model=math.gcd(abs(config.mesh.model), num_devices))
     layout = dataclasses.replace(config.layout, zero_stage=0, scan_layers=True)
     return dataclasses.replace(config, mesh=mesh, layout=layout)
+
+
+def config_for_use(
+    workdir: str | Path, change: Callable[[dict[str, Any]], Mapping[str, Any]], own_mesh: bool
+) -> Config:
+    """The config that the run in `workdir` is used with: its own in `layout_for_use`, then changed as the user asks.
+
+    Args:
+      change: lays the user's fields over a config in the form of `config_dict`.
+      own_mesh: some of those are of the mesh, which then is the run's own where they leave it.
+
+    Raises:
+      UserError: no run there, an unknown field, or a layout that does not fit the devices.
+    """
+    stored, devices = read_run_config(workdir), jax.device_count()
+    usual = layout_for_use(stored, devices)
+    if own_mesh:
+        usual = dataclasses.replace(usual, mesh=rows_only(stored.mesh))
+    config = read_config(change(config_dict(usual)))
+    check_for_use(config, devices)
+    if config.mesh != rows_only(stored.mesh) and not own_mesh:
+        shape = " ".join(f"{axis}={size}" for axis, size in dataclasses.asdict(config.mesh).items() if size != 1)
+        print(f"The run's mesh does not fit the {devices} devices here; using {shape}.", file=sys.stderr)
+    return config
 
 
 def rows_only(mesh: MeshConfig) -> MeshConfig:

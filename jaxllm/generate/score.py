@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import jax
@@ -28,6 +28,14 @@ class Score:
     bytes: int  # UTF-8
     documents: int
 
+    def __add__(self, other: "Score") -> "Score":
+        """The score of both together."""
+        mine, others = asdict(self), asdict(other)
+        return Score(**{name: mine[name] + others[name] for name in mine})
+
+    def __str__(self) -> str:
+        return f"{self.documents:,} documents, {self.tokens:,} tokens predicted"
+
     @property
     def loss(self) -> float:
         """Nats a token."""
@@ -52,7 +60,14 @@ class Score:
 
 
 def score(run: Run, texts: Iterable[str], *, length: int = 0, overlap: int = 0, batch_size: int = 16) -> Score:
-    """Scores `texts`, a document each, in windows.
+    """Scores `texts`, a document each, in windows. Arguments and errors are those of `score_each`."""
+    return score_each(run, [list(texts)], length=length, overlap=overlap, batch_size=batch_size)[0]
+
+
+def score_each(
+    run: Run, groups: Sequence[Sequence[str]], *, length: int = 0, overlap: int = 0, batch_size: int = 16
+) -> list[Score]:
+    """Scores groups of documents, say those of a file each, in windows, by one compiled program.
 
     Args:
       length: tokens a window; 0: the run's `config.data.length`, or the model's context.
@@ -61,7 +76,7 @@ def score(run: Run, texts: Iterable[str], *, length: int = 0, overlap: int = 0, 
       batch_size: windows at once, over all devices; rounded up to what the mesh divides.
 
     Raises:
-      UserError: no text, or a window or overlap out of range.
+      UserError: no text in one of the groups, or a window or overlap out of range.
     """
     length = length or run.config.data.length or run.spec.config.max_length
     if not 2 <= length <= run.spec.config.max_length:
@@ -69,29 +84,32 @@ def score(run: Run, texts: Iterable[str], *, length: int = 0, overlap: int = 0, 
     overlap = overlap or length // 2
     if not 1 <= overlap < length:
         raise UserError(f"overlap={overlap} must be from 1 to {length - 1}, below the {length} tokens of a window.")
-    documents = list(texts)
-    tokens, starts = _tokens(documents, run.tokenizer)
-    if starts[-1] == len(documents):
+    tokens = [_tokens(documents, run.tokenizer) for documents in groups]
+    if not groups or any(starts[-1] == len(documents) for (_, starts), documents in zip(tokens, groups, strict=True)):
         raise UserError("there is no text to evaluate.")
-    windows = EvaluationWindows(starts, length, overlap)
-    rows = (windows.spans(row, 0) for row in range(windows.num_rows))
-    batch_size = round_up(min(batch_size, windows.num_rows), run.layout.size("batch"))
+    windows = [EvaluationWindows(starts, length, overlap) for _, starts in tokens]
+    batch_size = min(batch_size, max(one.num_rows for one in windows))
+    batch_size = round_up(batch_size, run.layout.size("batch"))
 
     @jax.jit
     def loss(weights, batch):
         with use_layout(run.layout):
             return pretrain.loss(run.spec.merge(weights), batch, dropout=None)
 
-    nats = weight = 0.0
-    for batch in _batches(rows, tokens, length, batch_size):
-        placed = Batch(*(jax.device_put(leaf, run.layout.sharding("batch", None)) for leaf in batch))
-        result = loss(run.weights, placed)
-        nats, weight = nats + float(result.total), weight + float(result.weight)
-    characters, size = sum(map(len, documents)), sum(len(text.encode()) for text in documents)
-    return Score(nats, round(weight), characters, size, len(documents))
+    scores = []
+    for documents, (ids, _), one in zip(groups, tokens, windows, strict=True):
+        rows = (one.spans(row, 0) for row in range(one.num_rows))
+        nats = weight = 0.0
+        for batch in _batches(rows, ids, length, batch_size):
+            placed = Batch(*(jax.device_put(leaf, run.layout.sharding("batch", None)) for leaf in batch))
+            result = loss(run.weights, placed)
+            nats, weight = nats + float(result.total), weight + float(result.weight)
+        characters, size = sum(map(len, documents)), sum(len(text.encode()) for text in documents)
+        scores.append(Score(nats, round(weight), characters, size, len(documents)))
+    return scores
 
 
-def _tokens(documents: list[str], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def _tokens(documents: Sequence[str], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """The documents end to end, each bos, text, eos as in training; and where each begins, and the end of all."""
     start = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
     end = [tokenizer.eos_id] if tokenizer.eos_id is not None else []

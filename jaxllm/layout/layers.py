@@ -7,11 +7,11 @@ the layers, and what comes after them on different devices, without the loss kno
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from jaxllm.layout.layout import chosen_layout
 
@@ -20,8 +20,18 @@ from jaxllm.layout.layout import chosen_layout
 KEPT = ("linear", "attention", "attention_statistics")
 
 
+class LayerSums(NamedTuple):
+    """What a layer gives in training besides its activation: sums over tokens, which add up over microbatches."""
+
+    loss: Float[Array, ""]  # added to the loss
+    statistics: dict[str, Array]  # of which metrics are made
+
+
 class Layer(Protocol):
-    """One layer: the activation, its number in the whole stack and its own inputs -> the activation and outputs."""
+    """One layer: the activation, its number in the whole stack and its own inputs -> the activation and outputs.
+
+    In training the outputs are `LayerSums` or None.
+    """
 
     def __call__(self, x: Array, number: Int[Array, ""], inputs: Any) -> tuple[Array, Any]: ...
 
@@ -42,7 +52,7 @@ def run_layers(layer: Layer, x: Array, per_layer: Any, num_layers: int) -> tuple
     """
     handler = _handler.get()
     if handler is not None:
-        return handler(layer, x, per_layer), None
+        return handler(layer, x, per_layer)
     return run_each(layer, x, jnp.arange(num_layers, dtype=jnp.uint32), per_layer)
 
 
@@ -67,8 +77,8 @@ def _rematerialised(layer: Callable, remat: str) -> Callable:
     return jax.checkpoint(layer, policy=policy, prevent_cse=not (layout and layout.scan_layers))
 
 
-# What `run_layers` does instead of running the layers: (layer, x, per_layer) -> x.
-_Handler = Callable[[Layer, Array, Any], Array]
+# What `run_layers` does instead of running the layers: (layer, x, per_layer) -> what it returns.
+_Handler = Callable[[Layer, Array, Any], tuple[Array, Any]]
 _handler: contextvars.ContextVar[_Handler | None] = contextvars.ContextVar("layers handler", default=None)
 
 

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxllm.layout import zero
-from jaxllm.layout.layers import Layer, cut_at_layers, run_each
+from jaxllm.layout.layers import Layer, LayerSums, cut_at_layers, run_each
 from jaxllm.layout.layout import Layout, constrain, pin, use_layout
 from jaxllm.layout.rules import RESIDUAL_AXES as RESIDUAL
 from jaxllm.layout.schedule_buffers import assign_buffers
@@ -31,7 +31,7 @@ from jaxllm.layout.stages import Stages, collect, deal, make_stages
 from jaxllm.layout.vocabulary import weight_dtype
 
 Tree = Any
-LossFunction = Callable[[Tree, Tree], tuple[Array, Array]]  # (weights, microbatch) -> (summed loss, its weight)
+LossFunction = Callable[[Tree, Tree], tuple[Array, Array, Any]]  # (weights, microbatch) -> model/head.py: Loss
 
 
 class PipelineSums(NamedTuple):
@@ -41,6 +41,7 @@ class PipelineSums(NamedTuple):
     weight: Float[Array, ""]
     gradients: Tree  # None for a schedule of forwards alone
     executed: Int[Array, "stage action"]  # how often each stage really did each action
+    statistics: Tree  # of the layers, [layers, …]; None where they have none
 
 
 def run_pipeline(
@@ -99,14 +100,15 @@ def run_pipeline(
         executor.run,
         mesh=layout.mesh,
         in_specs=(over_stages, P(once or None), P()),
-        out_specs=(P(), P(), over_stages if has_gradients else None, P("pipeline")),
+        out_specs=(P(), P(), over_stages if has_gradients else None, P("pipeline"), P("pipeline")),
         axis_names={"pipeline", *once},
         check_vma=False,
     )
-    total, weight, gradients, executed = run(entered, microbatches, jnp.asarray(scale, jnp.float32))
+    total, weight, gradients, executed, statistics = run(entered, microbatches, jnp.asarray(scale, jnp.float32))
     if has_gradients:
         gradients = tree.unflatten([leave(*leaf) for leaf in zip(names, gradients, leaf_axes, in_layers, strict=True)])
-    return PipelineSums(total, weight, gradients, executed)
+    statistics = jax.tree.map(lambda a: collect(layout, stages, a, ("layers", *[None] * (a.ndim - 3))), statistics)
+    return PipelineSums(total, weight, gradients, executed, statistics)
 
 
 def _split(x: Array, num_microbatches: int) -> Array:
@@ -126,6 +128,7 @@ class _Carry(NamedTuple):
     total: Float[Array, ""]
     weight: Float[Array, ""]
     executed: Int[Array, "action"]
+    statistics: Tree  # sums of this device's layers, [virtual stage, place, …]
 
 
 class _Task(NamedTuple):
@@ -190,7 +193,8 @@ class _Executor:
                     return zero.sum_once(g[None], self.once) if layered else zero.sum_once(g, everywhere)
 
                 gradients = self.each(summed, gradients)
-            return total, weight, gradients, end.executed[None]
+            statistics = jax.tree.map(lambda a: zero.sum_once(a[None], self.once), end.statistics)
+            return total, weight, gradients, end.executed[None], statistics
 
     def each(self, f: Callable[[Array, tuple, bool], Array], leaves: list[Array]) -> list[Array]:
         """`f(leaf, its axes, is it of the layers)` on each weight or gradient, in its scope."""
@@ -202,7 +206,12 @@ class _Executor:
 
     def _start(self, weights: list[Array], microbatches: Tree, num_inputs: int, num_gradients: int) -> _Carry:
         first = jax.tree.map(lambda a: a[:, 0], microbatches)
-        x = jax.eval_shape(lambda: self.before(self.chunk(weights, 0), first))
+        chunk, numbers = self.chunk(weights, 0), jnp.asarray(self.stages.numbers[0, 0])
+        x = jax.eval_shape(lambda: self.before(chunk, first))
+        sums = jax.eval_shape(lambda x: self.through(chunk, first, x, numbers)[1], x)
+        statistics = sums and jax.tree.map(
+            lambda a: jnp.zeros((self.table.num_virtual_stages, *a.shape), a.dtype), sums.statistics
+        )
         accumulators = [jnp.zeros(w.shape, self.accumulate) for w in weights] if self.has_gradients else None
         start = _Carry(
             inputs=jnp.zeros((max(num_inputs, 1), *x.shape), x.dtype),
@@ -213,6 +222,7 @@ class _Executor:
             total=jnp.zeros((), jnp.float32),
             weight=jnp.zeros((), jnp.float32),
             executed=jnp.zeros(len(Action), jnp.int32),
+            statistics=statistics,
         )
         return self.place(start)
 
@@ -255,22 +265,24 @@ class _Executor:
         """What enters the first layer."""
         return self._until_layers(weights, microbatch, lambda layer, x, per_layer: x)
 
-    def through(self, weights: list[Array], microbatch: Tree, x: Array, numbers: Array) -> Array:
-        """What the layers of one virtual stage make of x."""
+    def through(
+        self, weights: list[Array], microbatch: Tree, x: Array, numbers: Array
+    ) -> tuple[Array, LayerSums | None]:
+        """What the layers of one virtual stage make of x, and their sums, [place, …]."""
 
-        def run(layer: Layer, _: Array, per_layer: Tree) -> Array:
+        def run(layer: Layer, _: Array, per_layer: Tree) -> tuple[Array, LayerSums | None]:
             if (self.stages.numbers < 0).any():
                 layer = _skipping(layer)
-            return run_each(layer, x, numbers, per_layer)[0]
+            return run_each(layer, x, numbers, per_layer)
 
         return self._until_layers(weights, microbatch, run)
 
     def after(self, weights: list[Array], microbatch: Tree, x: Array) -> tuple[Array, Array]:
-        """The loss, from what leaves the last layer."""
-        with cut_at_layers(lambda layer, _, per_layer: x):
-            return tuple(self.loss(self.tree.unflatten(weights), microbatch))
+        """The loss, from what leaves the last layer, and its weight. What layers add to it is not in it."""
+        with cut_at_layers(lambda layer, _, per_layer: (x, None)):
+            return self.loss(self.tree.unflatten(weights), microbatch)[:2]
 
-    def _until_layers(self, weights: list[Array], microbatch: Tree, at_layers: Callable) -> Array:
+    def _until_layers(self, weights: list[Array], microbatch: Tree, at_layers: Callable) -> Any:
         def leave(*stack):
             raise _Reached(at_layers(*stack))
 
@@ -292,8 +304,10 @@ def _store(slots: Array, x: Array, slot: Array) -> Array:
 def _skipping(layer: Layer) -> Layer:
     """The layer, or nothing where its number is -1: this stage holds fewer than another."""
 
-    def one(x: Array, number: Array, inputs: Tree) -> tuple[Array, Tree]:
-        return jax.lax.cond(number >= 0, lambda: layer(x, number.astype(jnp.uint32), inputs)[0], lambda: x), None
+    def one(x: Array, number: Array, inputs: Tree) -> tuple[Array, LayerSums | None]:
+        run = lambda: layer(x, number.astype(jnp.uint32), inputs)  # noqa: E731
+        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(run)[1])
+        return jax.lax.cond(number >= 0, run, lambda: (x, nothing))
 
     return one
 
@@ -359,7 +373,7 @@ class _Here:
 
         def middle() -> Array:
             chunk, microbatch, x = self._setting(carry)
-            return constrain(self.executor.through(chunk, microbatch, x, self._numbers()), *RESIDUAL)
+            return constrain(self.executor.through(chunk, microbatch, x, self._numbers())[0], *RESIDUAL)
 
         return carry._replace(
             activation=jax.lax.cond(self._is_last, lambda: constrain(carry.activation, *RESIDUAL), middle)
@@ -368,7 +382,8 @@ class _Here:
     def evaluate(self, carry: _Carry) -> _Carry:
         """Through the layers; the last stage goes on to the loss."""
         chunk, microbatch, x = self._setting(carry)
-        y = self.executor.through(chunk, microbatch, x, self._numbers())
+        y, sums = self.executor.through(chunk, microbatch, x, self._numbers())
+        carry = self._count(carry, sums)
         none = (jnp.zeros((), jnp.float32),) * 2
         total, weight = jax.lax.cond(self._is_last, lambda: self.executor.after(chunk, microbatch, y), lambda: none)
         return carry._replace(activation=y, total=carry.total + total, weight=carry.weight + weight)
@@ -377,27 +392,43 @@ class _Here:
         """Both gradients: of the input, to be sent, and of the weights."""
         chunk, microbatch, x = self._setting(carry)
         run = lambda layers, x: self.executor.through(self._with(chunk, layers), microbatch, x, self._numbers())  # noqa: E731
-        y, pull = jax.vjp(run, self._layers(chunk), x)
-        dy, carry = self._output_gradient(carry, chunk, microbatch, y)
-        d_layers, dx = pull(dy)
+        (y, sums), pull = jax.vjp(run, self._layers(chunk), x)
+        dy, carry = self._output_gradient(self._count(carry, sums), chunk, microbatch, y)
+        d_layers, dx = pull((dy, self._sums_gradient(sums)))
         carry = self._add(carry, d_layers)
         return self._first(carry._replace(gradient=dx), chunk, microbatch, dx)
 
     def backward_input(self, carry: _Carry) -> _Carry:
         """The gradient of the input alone; the last stage keeps that of its output for `backward_weight`."""
         chunk, microbatch, x = self._setting(carry)
-        y, pull = jax.vjp(lambda x: self.executor.through(chunk, microbatch, x, self._numbers()), x)
-        dy, carry = self._output_gradient(carry, chunk, microbatch, y)
+        (y, sums), pull = jax.vjp(lambda x: self.executor.through(chunk, microbatch, x, self._numbers()), x)
+        dy, carry = self._output_gradient(self._count(carry, sums), chunk, microbatch, y)
         kept = _store(carry.gradients, dy, jnp.where(self._is_last, self.task.gradient_slot, -1))
-        (dx,) = pull(dy)
+        (dx,) = pull((dy, self._sums_gradient(sums)))
         return self._first(carry._replace(gradient=dx, gradients=kept), chunk, microbatch, dx)
 
     def backward_weight(self, carry: _Carry) -> _Carry:
         """The gradient of the weights alone."""
         chunk, microbatch, x = self._setting(carry)
         run = lambda layers: self.executor.through(self._with(chunk, layers), microbatch, x, self._numbers())  # noqa: E731
-        _, pull = jax.vjp(run, self._layers(chunk))
-        return self._add(carry, pull(carry.gradients[jnp.maximum(self.task.gradient_slot, 0)])[0])
+        (_, sums), pull = jax.vjp(run, self._layers(chunk))
+        dy = carry.gradients[jnp.maximum(self.task.gradient_slot, 0)]
+        return self._add(carry, pull((dy, self._sums_gradient(sums)))[0])
+
+    def _count(self, carry: _Carry, sums: LayerSums | None) -> _Carry:
+        """What the layers add to the loss, and their statistics: once for each microbatch."""
+        if sums is None:
+            return carry
+        add = lambda total, new: total.at[self.task.virtual_stage].add(new)  # noqa: E731
+        statistics = jax.tree.map(add, carry.statistics, sums.statistics)
+        return carry._replace(total=carry.total + sums.loss.sum(), statistics=statistics)
+
+    def _sums_gradient(self, sums: LayerSums | None) -> LayerSums | None:
+        """That of the scaled loss with respect to what the layers sum."""
+        if sums is None:
+            return None
+        zeros = jax.tree.map(jnp.zeros_like, sums)
+        return zeros._replace(loss=jnp.full_like(sums.loss, self.scale))
 
     def _output_gradient(self, carry: _Carry, chunk, microbatch, y: Array) -> tuple[Array, _Carry]:
         """The gradient of this stage's output: what has arrived, or on the last stage that of the loss."""

@@ -95,8 +95,12 @@ def sum_once(g: Array, mesh_axes: tuple[str, ...]) -> Array:
     XLA's CPU backend aborts on a bfloat16 all-reduce in a region that is manual over some mesh axes only ("Invalid
     binary instruction opcode copy"), so there it is summed in float32 and rounded once.
     """
-    wide = jnp.float32 if jax.default_backend() == "cpu" else g.dtype
-    return jax.lax.psum(g.astype(wide), mesh_axes).astype(g.dtype)
+    return jax.lax.psum(g.astype(sum_dtype(g.dtype)), mesh_axes).astype(g.dtype)
+
+
+def sum_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
+    """The dtype in which manual code sums over devices what is meant to be summed in `dtype`."""
+    return jnp.dtype("float32") if jax.default_backend() == "cpu" else jnp.dtype(dtype)
 
 
 def is_gathered_at_use(layout: Layout, axes: Sequence[str | None], shape: Sequence[int]) -> bool:

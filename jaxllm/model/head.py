@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.layout import vocabulary
+from jaxllm.layout.layers import LayerSums
 from jaxllm.layout.layout import constrain, current_layout
 from jaxllm.layout.scope import tensor_scope
 from jaxllm.layout.sequence import to_device_order, to_text_order
@@ -24,6 +25,11 @@ class Loss(NamedTuple):
 
     total: Float[Array, ""]
     weight: Float[Array, ""]
+    statistics: dict[str, Array] | None = None  # further sums, of which metrics are made
+
+    def plus(self, sums: LayerSums | None) -> "Loss":
+        """With what the layers add."""
+        return self if sums is None else Loss(self.total + sums.loss.sum(), self.weight, sums.statistics)
 
 
 class Table(nnx.Module):

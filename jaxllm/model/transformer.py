@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxllm.layout import vocabulary
-from jaxllm.layout.layers import run_layers
+from jaxllm.layout.layers import LayerSums, run_layers
 from jaxllm.layout.layout import current_layout, reshard
 from jaxllm.layout.rules import RESIDUAL_AXES
 from jaxllm.layout.scope import tensor_scope
@@ -17,6 +17,7 @@ from jaxllm.model.config import ModelConfig
 from jaxllm.model.dropout import DropoutKey, dropout
 from jaxllm.model.head import Head, HeadBias, HeadTransform, Table
 from jaxllm.model.mlp import MLP
+from jaxllm.model.moe import MoE
 from jaxllm.model.names import name_of, name_parameters
 from jaxllm.model.norms import Norm
 from jaxllm.model.rope import Rotation, rotation
@@ -34,7 +35,7 @@ class Block(nnx.Module):
         self.attention_norm = Norm(config)
         self.attention = Attention(config, rngs=rngs)
         self.mlp_norm = Norm(config)
-        self.mlp = MLP(config, rngs=rngs)
+        self.mlp = MoE(config, rngs=rngs) if config.num_experts else MLP(config, rngs=rngs)
 
     def __call__(
         self,
@@ -45,14 +46,15 @@ class Block(nnx.Module):
         stream: DropoutKey | None = None,
         cache: LayerCache | None = None,
         slots: CacheSlots | None = None,
-    ) -> tuple[Float[Array, "batch length embed"], LayerCache | None]:
+    ) -> tuple[Float[Array, "batch length embed"], LayerCache | None, LayerSums | None]:
         h = reshard(self._before(self.attention_norm, x), WHOLE, RESIDUAL)
         h, cache = self.attention(h, segment_ids, rotation, dropout=stream, cache=cache, slots=slots)
         x = x + _drop(reshard(h, RESIDUAL, WHOLE), self.dropout_rate, stream, "after_attention")
         x = self._after(self.attention_norm, x)
         h = reshard(self._before(self.mlp_norm, x), WHOLE, RESIDUAL)
-        x = x + _drop(reshard(self.mlp(h), RESIDUAL, WHOLE), self.dropout_rate, stream, "after_mlp")
-        return self._after(self.mlp_norm, x), cache
+        h, sums = self.mlp(h, segment_ids) if isinstance(self.mlp, MoE) else (self.mlp(h), None)
+        x = x + _drop(reshard(h, RESIDUAL, WHOLE), self.dropout_rate, stream, "after_mlp")
+        return self._after(self.mlp_norm, x), cache, sums
 
     def _before(self, norm: Norm, x: Array) -> Array:
         return norm(x) if self.is_pre_norm else x
@@ -118,7 +120,20 @@ class Transformer(nnx.Module):
         token_types: Int[Array, "batch length"] | None = None,
         dropout: DropoutKey | None = None,
     ) -> Float[Array, "batch length embed"]:
-        """What `head` takes: the last activations, after the final norm, in device order (layout/sequence.py).
+        """The first of what `with_sums` returns."""
+        return self.with_sums(tokens, positions, segment_ids, token_types=token_types, dropout=dropout)[0]
+
+    def with_sums(
+        self,
+        tokens: Int[Array, "batch length"],
+        positions: Int[Array, "batch length"] | None = None,
+        segment_ids: Int[Array, "batch length"] | None = None,
+        *,
+        token_types: Int[Array, "batch length"] | None = None,
+        dropout: DropoutKey | None = None,
+    ) -> tuple[Float[Array, "batch length embed"], LayerSums | None]:
+        """What `head` takes: the last activations, after the final norm, in device order (layout/sequence.py); and what
+        the layers add to the loss (None where they add nothing).
 
         Args:
           tokens: in text order, like all arguments; the sequence is split here.
@@ -137,11 +152,11 @@ class Transformer(nnx.Module):
 
         def layer(x, number, weights):
             stream = dropout.fold("layer", number) if dropout else None
-            x, _ = nnx.merge(graph, weights)(x, segment_ids, by, stream=stream)
-            return x, None
+            x, _, sums = nnx.merge(graph, weights)(x, segment_ids, by, stream=stream)
+            return x, sums
 
-        x, _ = run_layers(layer, x, weights, self.config.num_layers)
-        return self._before_head(x)
+        x, sums = run_layers(layer, x, weights, self.config.num_layers)
+        return self._before_head(x), sums
 
     def extend(
         self,
@@ -161,7 +176,7 @@ class Transformer(nnx.Module):
 
         def layer(x, number, inputs):
             weights, layer_cache = inputs
-            return nnx.merge(graph, weights)(x, segment_ids, by, cache=layer_cache, slots=slots)
+            return nnx.merge(graph, weights)(x, segment_ids, by, cache=layer_cache, slots=slots)[:2]
 
         per_layer = (weights, LayerCache(cache.keys, cache.values))
         x, layer_caches = run_layers(layer, x, per_layer, self.config.num_layers)

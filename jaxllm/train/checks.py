@@ -121,8 +121,8 @@ def check_for_use(config: Config, num_devices: int) -> None:
     layout = config.layout
     rules = make_rules(layout.rules, layout.rule_overrides, sequence_parallel=layout.sequence_parallel)
     shape = mesh_shape(config.mesh, num_devices)
-    _check_axes_at_hand(shape)
     _check_model(config)
+    _check_experts(config, rules, shape)
     _check_split(config, rules, shape)
     _check_own_rules(config, rules, shape, every_row_works=False)
 
@@ -137,11 +137,30 @@ def _refuse_unless(fine: bool, config: Config, name: str, says: str) -> None:
         raise UserError(f"config.{name}={_value(config, name)} must be {says}.")
 
 
-def _check_axes_at_hand(shape: dict[str, int]) -> None:
-    if shape["expert"] > 1:
+def _check_experts(config: Config, rules: Rules, shape: dict[str, int]) -> None:
+    model = config.model
+    if not model.num_experts:
+        if shape["expert"] > 1:
+            raise UserError(
+                f"config.mesh.expert={shape['expert']}: the model has no experts (config.model.num_experts=0). "
+                "Set --config.mesh.expert=1 and give the devices to data."
+            )
+        return
+    if model.experts_per_token > model.num_experts:
         raise UserError(
-            f"config.mesh.expert={shape['expert']}: this version splits over every axis but expert. "
-            "Set --config.mesh.expert=1 and give the devices to data, context or model."
+            f"config.model.experts_per_token={model.experts_per_token} is more than num_experts={model.num_experts}."
+        )
+    if model.expert_dispatch == "capacity" and (parts := _parts("length", rules, shape))[0] > 1:
+        raise UserError(
+            f"config.model.expert_dispatch='capacity' counts an expert's tokens in whole rows, which {parts[1]} splits. "
+            "Use 'dropless', or give the devices to data or expert."
+        )
+    _check_divides("config.model.num_experts", model.num_experts, "experts", rules, shape)
+    split = [axis for axis in rules.mesh_axes("experts") if shape[axis] > 1]
+    if not set(split) <= set(rules.mesh_axes("batch")):
+        raise UserError(
+            f"layout rules split experts over {'+'.join(split)}, which must be among the mesh axes that split the "
+            f"batch: {'+'.join(rules.mesh_axes('batch'))}. Use --config.layout.rule_overrides=experts=expert."
         )
 
 

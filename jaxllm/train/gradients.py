@@ -21,11 +21,12 @@ Tree = Any
 
 
 class Gradients(NamedTuple):
-    """The summed loss, its weight, and the float32 gradient of (summed loss * scale)."""
+    """The summed loss, its weight, the float32 gradient of (summed loss * scale), and the summed statistics."""
 
     total: Float[Array, ""]
     weight: Float[Array, ""]
     gradients: Tree
+    statistics: Tree
 
 
 def loss_and_gradients(
@@ -61,9 +62,8 @@ def loss_and_gradients(
             accumulate=accumulate,
             scale=scale,
         )
-        return Gradients(
-            summed.total, summed.weight, map_named(lambda g, a: _final(layout, g, a), summed.gradients, axes)
-        )
+        gradients = map_named(lambda g, a: _final(layout, g, a), summed.gradients, axes)
+        return Gradients(summed.total, summed.weight, gradients, summed.statistics)
     weights = map_named(lambda w, a: zero.gather_for_step(layout, w, a, weight_dtype(a, compute)), params, axes)
     microbatches = jax.tree.map(lambda x: _split(x, num_microbatches), batch)
     once = _reduced_once(layout, params, axes)
@@ -83,8 +83,9 @@ def loss_and_gradients(
 
 def _sum(mesh_axes: tuple[str, ...], sums: Gradients, axes: Tree) -> Gradients:
     with tensor_scope("loss", ("batch", "length")):
-        total, weight = jax.lax.psum((sums.total, sums.weight), mesh_axes)
-    return Gradients(total, weight, map_named(lambda g, _: zero.sum_once(g, mesh_axes), sums.gradients, axes))
+        total, weight, statistics = jax.lax.psum((sums.total, sums.weight, sums.statistics), mesh_axes)
+    gradients = map_named(lambda g, _: zero.sum_once(g, mesh_axes), sums.gradients, axes)
+    return Gradients(total, weight, gradients, statistics)
 
 
 def _reduced_once(layout: Layout | None, params: Tree, axes: Tree) -> tuple[str, ...]:
@@ -107,13 +108,15 @@ def _accumulate(
     def one(microbatch: Tree) -> Gradients:
         gradients, result = jax.grad(scaled, has_aux=True)(weights, microbatch)
         gradients = map_named(lambda g, a: _accumulator(layout, g.astype(dtype), a), gradients, axes)
-        return Gradients(result.total, result.weight, gradients)
+        return Gradients(result.total, result.weight, gradients, result.statistics)
 
     with use_layout(layout) if layout is not None else contextlib.nullcontext():
         if jax.tree.leaves(microbatches)[0].shape[0] == 1:
             return one(jax.tree.map(lambda x: x[0], microbatches))
         zeros = map_named(lambda w, a: _accumulator(layout, jnp.zeros(w.shape, dtype), a), weights, axes)
-        start = Gradients(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32), zeros)
+        shapes = jax.eval_shape(loss, weights, jax.tree.map(lambda x: x[0], microbatches))
+        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        start = Gradients(nothing.total, nothing.weight, zeros, nothing.statistics)
         summed, _ = jax.lax.scan(lambda sums, m: (jax.tree.map(jnp.add, sums, one(m)), None), start, microbatches)
     return summed
 
@@ -124,7 +127,8 @@ def summed_loss(
     """The summed loss of a batch and its weight, without gradients; a pipeline takes its microbatches in turn."""
     layout = current_layout()
     if layout is None or layout.num_stages == 1:
-        return tuple(loss(map_named(lambda w, a: zero.gather_for_step(layout, w, a, compute), params, axes), batch))
+        weights = map_named(lambda w, a: zero.gather_for_step(layout, w, a, compute), params, axes)
+        return tuple(loss(weights, batch)[:2])
     fill = {"num_microbatches": layout.num_microbatches, "schedule": "forward_only"}
     summed = run_pipeline(layout, loss, params, axes, batch, compute=compute, **fill)
     return summed.total, summed.weight

@@ -13,6 +13,7 @@ from jaxllm.data.batch import Batch
 from jaxllm.layout.layout import Layout, as_dtype, use_layout
 from jaxllm.layout.scope import tensor_scope
 from jaxllm.model.dropout import dropout_key
+from jaxllm.model.moe import router_metrics
 from jaxllm.model.spec import ModelSpec, model_spec
 from jaxllm.steps.step import TrainStep
 from jaxllm.train.config import Config
@@ -34,7 +35,8 @@ def make_train_step(
     """Compiles `(state, batch) -> (state, metrics)`; the state is donated.
 
     Metrics, float32 scalars: loss (mean over counted tokens, nats), weight (tokens counted), grad_norm (global, before
-    clipping), learning_rate, nonfinite (steps without an update so far), loss_scale.
+    clipping), learning_rate, nonfinite (steps without an update so far), loss_scale; of experts, those of
+    `router_metrics`.
     """
     compute, accumulate = as_dtype(config.precision.compute), as_dtype(config.precision.gradients)
     uses_dropout = spec.config.dropout > 0 or spec.config.attention_dropout > 0
@@ -77,6 +79,7 @@ def make_train_step(
             "nonfinite": new.nonfinite,
             "loss_scale": state.loss_scale,
         }
+        metrics |= router_metrics(summed.statistics)
         return new, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
     return _compiled(train_step, layout, abstract_state(spec, optimizer, layout, config.precision.compute))
@@ -129,10 +132,11 @@ def make_eval_step(
 ) -> Callable[[Any, Any], tuple[Array, Array]]:
     """Compiles `(params, batch) -> (summed loss in nats, tokens counted)`.
 
-    That is what the text costs, so without dropout and without z-loss. A pipeline splits the batch into its
-    microbatches, so that all stages have work.
+    That is what the text costs, so without dropout, z-loss and the losses of routers. A pipeline splits the batch into
+    its microbatches, so that all stages have work.
     """
-    spec = model_spec(dataclasses.replace(spec.config, z_loss=0.0))
+    alone = {"z_loss": 0.0, "router_balance_loss": 0.0, "router_z_loss": 0.0}
+    spec = model_spec(dataclasses.replace(spec.config, **alone))
     compute = as_dtype(config.precision.compute)
 
     def loss(weights, batch):

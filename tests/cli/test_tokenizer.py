@@ -49,6 +49,13 @@ def test_mistakes(tmp_path, text, flags, message):
         main([*required, *(flag.replace("{text}", str(text)) for flag in flags)])
 
 
+def test_a_hugging_face_tokenizer_is_not_overwritten(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds a Hugging Face tokenizer \(tokenizer\.json\)"):
+        main(["--input", str(text), "--out", str(tmp_path), "--vocab_size", "300"])
+    assert (tmp_path / "tokenizer.json").exists()
+
+
 def test_required_flags():
     with pytest.raises(UserError, match="--input"):
         main(["--out", "x"])

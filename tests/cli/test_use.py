@@ -5,6 +5,8 @@ import json
 import math
 import shutil
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from jaxllm.cli.main import main
@@ -72,6 +74,66 @@ def test_evaluate_prints_and_writes_json(run_on_disk, capsys, tmp_path):
     assert json.loads(out) == result
 
 
+def test_evaluate_several_files_each_and_in_total(run_on_disk, capsys, tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT * 10, encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": TEXT * n}) + "\n" for n in (1, 2)), encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["dog"]}), tmp_path / "c.parquet")
+    files = [str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.parquet")]
+    argv = ["evaluate", f"--workdir={run_on_disk}", f"--input={','.join(files)}"]
+    result = json.loads(run([*argv, "--json"], capsys)[0])
+    assert list(result["files"]) == files
+    for name in ("nats", "tokens", "characters", "bytes", "documents"):
+        assert result[name] == pytest.approx(sum(result["files"][file][name] for file in files))
+    assert result["documents"] == 4
+    alone = json.loads(run([*argv[:2], f"--input={files[1]}", "--json"], capsys)[0])
+    assert alone["loss"] == pytest.approx(result["files"][files[1]]["loss"], rel=1e-5)
+    head, *lines = run(argv, capsys)[0].splitlines()
+    assert head.split() == ["loss", "perplexity", "bits", "per", "character", "bits", "per", "byte"]
+    assert [line.split()[0] for line in lines] == [*files, "total"]
+    assert lines[-1].split()[1] == f"{result['loss']:.4f}"
+
+
+def test_evaluate_choices_is_the_same_on_every_mesh(run_on_disk, capsys, tmp_path):
+    records = [{"prompt": "the quick", "choices": ["brown fox", "曹操", "dog"], "answer": i % 3} for i in range(6)]
+    records += [{"question": "却说", "options": ["曹操引兵", "over", "x"], "label": "B"}] * 3
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text(lines[: lines.index("\n") + 1], encoding="utf-8")
+    argv = ["evaluate", f"--workdir={run_on_disk}", f"--choices={tmp_path}", "--batch_size=5"]
+    out, _ = run([*argv, "--json"], capsys)
+    result = json.loads(out)
+    assert result["questions"] == 10
+    assert [of_file["questions"] for of_file in result["files"].values()] == [9, 1]
+    assert result["acc"] == result["right"] / 10
+    folded = ["--config.mesh.data=8", "--config.mesh.model=1", "--delimiter= "]
+    assert run([*argv, "--json", *folded], capsys)[0] == out
+    table = run(argv, capsys)[0].splitlines()
+    assert table[0].split() == ["acc", "acc_norm", "acc_bytes"]
+    assert table[-1].split() == ["total", *(f"{result[name]:.4f}" for name in ("acc", "acc_norm", "acc_bytes"))]
+    one = run([*argv[:2], f"--choices={tmp_path / 'b.jsonl'}"], capsys)[0].splitlines()
+    assert [line.split()[0] for line in one] == ["acc", "acc_norm", "acc_bytes"]
+
+
+FINE = {"prompt": "the", "choices": ["dog", "fox"], "answer": 0}
+NO_QUESTIONS = {
+    "empty file": ([], "a.jsonl: the file is empty"),
+    "missing field": ([FINE, {"prompt": "the", "answer": 0}], "a.jsonl:2: no field 'choices' (nor options, endings)"),
+    "out of range": ([FINE, {**FINE, "answer": 2}], "a.jsonl:2: the answer 2 is out of range: there are 2 choices"),
+    "too long": (
+        [FINE, FINE, {**FINE, "choices": ["a", "曹" * 40]}],
+        "a.jsonl:3: the continuation has 41 tokens, more than the model's context of 32.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("records", "says"), NO_QUESTIONS.values(), ids=NO_QUESTIONS.keys())
+def test_questions_that_are_none(run_on_disk, records, says, capsys, tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    said = mistake(["evaluate", f"--workdir={run_on_disk}", f"--choices={tmp_path / 'a.jsonl'}"], capsys)
+    assert says in said
+    assert len(said.split("jaxllm: ")[-1].splitlines()) == 1
+
+
 def test_a_run_that_split_sequences_is_used_with_split_rows(run_on_disk, capsys, tmp_path):
     """`context` has no use in generation and evaluation; its devices take rows of the batch."""
     trained = shutil.copytree(run_on_disk, tmp_path / "run")
@@ -96,6 +158,33 @@ def test_chat_answers_line_by_line_and_lives_on_after_a_line_that_is_too_long(ru
     answers = out.splitlines()
     assert len(answers) >= 2
     assert "leaves no room for an answer of 4" in err
+
+
+def test_chat_and_generate_with_a_hugging_face_tokenizer(run_on_disk, tmp_path, capsys, monkeypatch):
+    """An untrained model: what counts is the prompt that its template makes, and that text comes out."""
+    pytest.importorskip("transformers")
+    from jaxllm.generate.engine import Engine
+    from tests.data import huggingface
+
+    copy = shutil.copytree(run_on_disk, tmp_path / "run")
+    shutil.rmtree(copy / "tokenizer")
+    turn = "<|start_header_id|>{{ m.role }}<|end_header_id|>{{ m.content }}<|eot_id|>"
+    template = f"{{{{ bos_token }}}}{{% for m in messages %}}{turn}{{% endfor %}}<|start_header_id|>"
+    theirs = huggingface.save("llama3", copy / "tokenizer", vocab_size=320, chat_template=template)
+    prompts = []
+    encode = Engine.encode
+    monkeypatch.setattr(Engine, "encode", lambda *a, **b: prompts.append(encode(*a, **b)) or prompts[-1])
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi fox\n"))
+    argv = [f"--workdir={copy}", "--temperature=0", "--max_new_tokens=4"]
+    run(["chat", *argv, "--system=brief"], capsys)
+    talk = [{"role": "system", "content": "brief"}, {"role": "user", "content": "hi fox"}]
+    want = theirs.apply_chat_template(talk, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert prompts.pop() == want
+    out, _ = run(["generate", *argv, "--prompt=却说 <|eot_id|>", "--json"], capsys)
+    (ids,), completion = prompts, json.loads(out)
+    assert ids[0] == theirs.bos_token_id
+    assert theirs.convert_tokens_to_ids("<|eot_id|>") not in ids
+    assert completion["text"] == theirs.decode(completion["tokens"], skip_special_tokens=True)
 
 
 def mistake(argv, capsys) -> str:
@@ -128,8 +217,10 @@ MISTAKES = {
         ["generate", "--workdir=RUN", "--prompt=x", "--config.model.num_layers=2"],
         "is a checkpoint of another model",
     ),
-    "no input": (["evaluate", "--workdir=RUN"], "say what to evaluate on: --input FILES."),
+    "no input": (["evaluate", "--workdir=RUN"], "say what to evaluate on: --input FILES, or --choices FILES."),
     "missing input": (["evaluate", "--workdir=RUN", "--input=no.txt"], "no.txt"),
+    "two evaluations": (["evaluate", "--workdir=RUN", "--input=a.txt", "--choices=b.jsonl"], "give one of them"),
+    "missing questions": (["evaluate", "--workdir=RUN", "--choices=no.jsonl"], "no.jsonl: no such file"),
     "batch size": (["evaluate", "--workdir=RUN", "--input=no.txt", "--batch_size=0"], "--batch_size=0 must be 1"),
 }
 

@@ -70,6 +70,12 @@ def test_special_tokens(tokenizer):
     assert 4 not in tokenizer.encode(written)
 
 
+def test_mask_and_end_tokens(tokenizer):
+    assert (tokenizer.mask_id, tokenizer.end_ids) == (None, {3})
+    masked = train_tokenizer(["".join(TEXTS[:6]) * 20], vocab_size=300, specials=["<|x|>", "[MASK]"])
+    assert masked.mask_id == masked.specials["[MASK]"] == 5
+
+
 def test_batches_and_long_texts_equal_single_texts(tokenizer):
     assert tokenizer.encode_batch(TEXTS, num_threads=2) == [tokenizer.encode(text) for text in TEXTS]
     long = "却说曹操 the dog\n" * (CHUNK // 8) + "x" * (2 * CHUNK)

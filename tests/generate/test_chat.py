@@ -2,8 +2,9 @@
 
 import pytest
 
+from jaxllm.data.chat_template import ChatTemplate
 from jaxllm.errors import UserError
-from jaxllm.generate.chat import Chat, PlainRoles, Turn
+from jaxllm.generate.chat import Chat, PlainRoles, TemplateRoles, Turn
 from jaxllm.generate.engine import Completion
 from jaxllm.generate.sampling import Sampling
 
@@ -16,10 +17,11 @@ class Parrot:
     def __init__(self, answers):
         self.answers, self.prompts, self.seeds, self.budgets = list(answers), [], [], []
 
-    def count_tokens(self, prompt):
+    def count_tokens(self, prompt, *, special):
         return len(prompt)
 
-    def generate(self, prompts, max_new_tokens, sampling, *, stop, seed, on_text):
+    def generate(self, prompts, max_new_tokens, sampling, *, special, stop, seed, on_text):
+        self.special = special
         (prompt,) = prompts
         self.prompts.append(prompt)
         self.seeds.append(seed)
@@ -68,6 +70,27 @@ def test_of_a_short_context_an_answer_takes_at_most_half():
     engine, chat = chat_with("fine", "fine", new=200)
     assert chat.say("x" * 20) == "fine"
     assert engine.budgets == [60]
+
+
+def test_a_template_is_the_whole_prompt_and_the_oldest_turns_of_it_go_first():
+    source = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}{{ '<a>' if add_generation_prompt }}"
+    engine = Parrot([" hello\n", *["a" * 15] * 5])
+    chat = Chat(engine, TemplateRoles(ChatTemplate(source, {}), system="S"), Sampling(), 20, stop=["!"])
+    chat.say("hi")
+    chat.say("x" * 10)
+    assert engine.special
+    assert engine.prompts == ["<s>S<u>hi<a>", f"<s>S<u>hi<a>hello<u>{'x' * 10}<a>"]
+    for _ in range(4):
+        chat.say("x" * 10)
+    assert all(len(prompt) + 20 <= engine.max_length for prompt in engine.prompts)
+    assert engine.prompts[-1].startswith(f"<s>S<u>{'x' * 10}<a>a")
+    assert chat.forgotten == 3
+
+
+def test_what_a_template_refuses_is_told():
+    template = ChatTemplate("{{ raise_exception('no system message, please') }}", {})
+    with pytest.raises(UserError, match="no system message, please"):
+        Chat(Parrot([]), TemplateRoles(template, system="S"), Sampling()).say("hi")
 
 
 def test_the_model_does_not_speak_for_the_user():

@@ -72,6 +72,26 @@ def test_an_end_of_text_token_ends_the_row(engine, monkeypatch):
     assert (stopped.finish_reason, stopped.tokens) == ("stop", free.tokens[: first + 1])
 
 
+def test_any_end_token_ends_the_row(engine, monkeypatch):
+    (free,) = engine.generate(["the quick"], 20, GREEDY)
+    ends = frozenset({engine.tokenizer.eos_id, free.tokens[2], free.tokens[4]})
+    monkeypatch.setattr(type(engine.tokenizer), "end_ids", ends)
+    (stopped,) = engine.generate(["the quick"], 20, GREEDY)
+    first = min(free.tokens.index(free.tokens[i]) for i in (2, 4))
+    assert (stopped.finish_reason, stopped.tokens) == ("stop", free.tokens[: first + 1])
+    assert stopped.text == engine.tokenizer.decode(free.tokens[:first])  # but none of its own
+
+
+def test_a_template_brings_its_own_special_tokens(engine):
+    tokenizer, prompt = engine.tokenizer, "<s>the quick</s>"
+    templated = [tokenizer.bos_id, *tokenizer.encode("the quick"), tokenizer.eos_id]
+    assert engine.encode(prompt, special=True) == templated
+    assert engine.count_tokens(prompt, special=True) == len(templated)
+    assert engine.encode(prompt)[0] == tokenizer.bos_id not in engine.encode(prompt)[1:]
+    of_template, of_text = (engine.generate([prompt], 8, GREEDY, special=special)[0] for special in (True, False))
+    assert of_template.tokens != of_text.tokens
+
+
 def test_the_context_is_filled_to_its_last_token_and_no_further(engine):
     prompt = "the quick brown fox jumps"
     used = engine.count_tokens(prompt)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxllm.errors import UserError
-from jaxllm.generate.score import score
+from jaxllm.generate.score import score, score_each
 
 TEXTS = ["却说曹操引兵追赶，玄德大惊。" * 6, "the quick brown fox jumps over the lazy dog", "dog"]
 
@@ -45,6 +45,17 @@ def test_score_is_the_definition(run, length, overlap, batch_size):
     assert result.perplexity == pytest.approx(math.exp(nats / count), rel=1e-5)
     assert result.bits_per_character == pytest.approx(nats / math.log(2) / result.characters, rel=1e-5)
     assert result.bits_per_byte < result.bits_per_character
+
+
+def test_groups_are_scored_each_and_add_up(run):
+    first, second = score_each(run, [TEXTS[:1], TEXTS[1:]], length=16)
+    assert first.nats == pytest.approx(score(run, TEXTS[:1], length=16).nats, rel=1e-5)
+    assert second.nats == pytest.approx(score(run, TEXTS[1:], length=16).nats, rel=1e-5)
+    total, together = first + second, score(run, TEXTS, length=16)
+    assert total.nats == pytest.approx(together.nats, rel=1e-5)
+    assert (total.tokens, total.characters, total.bytes) == (together.tokens, together.characters, together.bytes)
+    with pytest.raises(UserError, match="no text"):
+        score_each(run, [TEXTS, []])
 
 
 @pytest.mark.parametrize(

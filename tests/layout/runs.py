@@ -43,6 +43,10 @@ LLAMA = ModelConfig(
 GPT2 = ModelConfig(
     num_layers=2, embed_dim=32, num_heads=8, mlp_dim=64, vocab_size=37, max_length=16, dropout=0.1
 ).resolved()
+# Four experts, two of them for each token, and every loss that a router has.
+MOE = dataclasses.replace(
+    LLAMA, num_experts=4, experts_per_token=2, mlp_dim=32, router_balance_loss=0.02, router_z_loss=1e-3
+)
 # Adam divides by sqrt(v) + epsilon: an epsilon below what rounding leaves of a gradient that is nothing (1e-8) makes an
 # update of it as large as any other. This one is above that, and below the gradients (1e-3).
 LEARNING_RATE = 1e-2

@@ -20,7 +20,7 @@ from jaxllm.layout.layout import make_layout
 from jaxllm.model import presets
 from jaxllm.model.config import ModelConfig, differing
 from jaxllm.train.config import Config
-from tests.interop.models import LLAMA, MODELS, ROPE, VOCABULARY, make, save, stretched, torch, transformers
+from tests.interop.hf.models import LLAMA, MODELS, ROPE, VOCABULARY, make, save, stretched, torch, transformers
 
 SHARD = 30_000  # bytes: several files
 

@@ -18,7 +18,7 @@ from jaxllm.layout.config import LayoutConfig, MeshConfig
 from jaxllm.layout.layout import make_layout
 from jaxllm.layout.scope import map_leaves
 from jaxllm.train.config import Config, PrecisionConfig
-from tests.interop.models import MODELS, ROPE, VOCABULARY, make, save, stretched, torch
+from tests.interop.hf.models import MODELS, ROPE, VOCABULARY, make, save, stretched, torch
 
 LENGTHS = ((20, 12), (25,))  # two documents in one row; one and padding
 WIDTH = 32

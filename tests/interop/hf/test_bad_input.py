@@ -13,7 +13,7 @@ from jaxllm.errors import UserError
 from jaxllm.interop.hf.config import read_model
 from jaxllm.interop.hf.files import parse_size
 from jaxllm.train.checkpoint import Checkpoints
-from tests.interop.models import GPT2, LLAMA, MODELS, make, save, torch
+from tests.interop.hf.models import GPT2, LLAMA, MODELS, make, save, torch
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -196,7 +196,7 @@ def test_sizes(text, size):
     assert parse_size(text) == size
 
 
-# What another model would compute: (model of tests/interop/models.py, key, value, what is said).
+# What another model would compute: (model of tests/interop/hf/models.py, key, value, what is said).
 NOT_COMPUTED = [
     ("llama", "attention_bias", True, "attention_bias=true is not computed here; only false is"),
     ("llama", "mlp_bias", True, "mlp_bias=true"),
