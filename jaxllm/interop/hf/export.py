@@ -21,6 +21,7 @@ from jaxllm.layout.layout import as_dtype, make_layout
 from jaxllm.layout.scope import path_name
 from jaxllm.model.spec import ModelSpec, model_spec
 from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.checks import check_for_use
 from jaxllm.train.config import Config
 from jaxllm.train.initial import ORIGIN
 
@@ -52,6 +53,7 @@ def export_run(
     Raises:
       UserError: no checkpoint, a model that no family describes, or a value that does not fit into the dtype.
     """
+    check_for_use(config, jax.device_count())
     origin = _origin(workdir)
     if dtype:
         origin = origin._replace(dtype=dtype, others={})

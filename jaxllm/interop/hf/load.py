@@ -23,6 +23,7 @@ from jaxllm.layout.layout import Layout, make_layout
 from jaxllm.layout.scope import path_name
 from jaxllm.model.spec import ModelSpec, model_spec
 from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.checks import check_for_use
 from jaxllm.train.config import Config, config_dict
 from jaxllm.train.initial import ORIGIN
 
@@ -67,9 +68,10 @@ def import_directory(folder: Path, workdir: Path, config: Config, say: Callable[
     directory = open_directory(folder)
     for line in _remarks(directory):
         say(line)
+    config = dataclasses.replace(config, model=directory.spec.config)
+    check_for_use(config, jax.device_count())
     layout = make_layout(config.mesh, config.layout)
     with whole_or_nothing(workdir) as partial:
-        config = dataclasses.replace(config, model=directory.spec.config)
         if _copy_tokenizer(folder, partial / "tokenizer", directory.config.keys):
             tokenizer = dataclasses.replace(config.data, tokenizer=str(workdir / "tokenizer"))
             config = dataclasses.replace(config, data=tokenizer)

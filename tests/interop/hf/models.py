@@ -41,6 +41,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3ForCausalLM", LLAMA | {"head_dim": 16}),
     "bloom": ("BloomForCausalLM", BLOOM),
     "bert": ("BertForMaskedLM", BERT),
+    "mixtral": ("MixtralForCausalLM", LLAMA | EXPERTS),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        LLAMA | {"head_dim": 16, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "qwen3_moe_renormalized": (
+        "Qwen3MoeForCausalLM",
+        LLAMA
+        | WINDOW
+        | {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 3}
+        | {"norm_topk_prob": True, "use_sliding_window": True},
+    ),
 }
 # Positions from 32 on are beyond what each was trained on.
 ROPE: dict[str, dict[str, Any]] = {
