@@ -48,11 +48,21 @@ class Checkpoints:
       keep: how many of the newest to keep.
       keep_best: how many of those with the lowest eval_loss to keep besides.
       say: takes the messages about checkpoints that were skipped.
+      bytes_in_flight: how much Orbax encodes and writes at once: memory beside that of the state. It must be above a
+        device's part of every array.
     """
 
-    def __init__(self, directory: Path, keep: int = 2, keep_best: int = 1, say: Callable[[str], None] = print):
+    def __init__(
+        self,
+        directory: Path,
+        keep: int = 2,
+        keep_best: int = 1,
+        say: Callable[[str], None] = print,
+        bytes_in_flight: int = 96 * 10**9,
+    ):
         self.directory, self.keep, self.keep_best, self.say = Path(directory).absolute(), keep, keep_best, say
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(handler_registry=_handlers()))
+        handlers = ocp.CompositeCheckpointHandler(handler_registry=_handlers(bytes_in_flight))
+        self._orbax = ocp.AsyncCheckpointer(handlers)
         _hush_orbax()
         self._saving: int | None = None
         self._removal: threading.Thread | None = None
@@ -278,10 +288,10 @@ class Checkpoints:
         _barrier("set_aside")
 
 
-def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+def _handlers(bytes_in_flight: int) -> ocp.handlers.CheckpointHandlerRegistry:
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for item in ("params", "state"):
-        arrays = ocp.StandardCheckpointHandler()
+        arrays = ocp.StandardCheckpointHandler(save_concurrent_gb=bytes_in_flight / 10**9)
         registry.add(item, ocp.args.StandardSave, arrays)
         registry.add(item, ocp.args.StandardRestore, arrays)
     for item in ("data", "run"):

@@ -1,7 +1,7 @@
 """From a WORKDIR to a Hugging Face directory, a tensor at a time, read back before it gets its name."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial as bind
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,26 +109,19 @@ def as_in_file(
     """A tensor of the file, on the host, made of `params`, or of anything of their shapes."""
     made = np.empty(tensor.shape, dtype)
     for piece, index in tensor.pieces:
-        piece.write(made, gather(params[piece.row.path], index, cast))
+        for slices, part in parts(params[piece.row.path], index):
+            piece.write(made, slices, cast(part))
     return made
 
 
-def gather(leaf: jax.Array, index: tuple[int, ...], cast: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """leaf[index] on the host, put together from the devices' parts, each cast on the way."""
-    whole = None
+def parts(leaf: jax.Array, index: tuple[int, ...]) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    """The devices' parts of leaf[index], one after another on the host: (slices of leaf[index], values)."""
     for shard in leaf.addressable_shards:
-        if shard.replica_id:
-            continue
-        bounds = [s.indices(size) for s, size in zip(shard.index, leaf.shape, strict=True)]
-        inside = all(low <= i < high for i, (low, high, _) in zip(index, bounds, strict=False))
-        if not inside:
-            continue
-        local = tuple(i - low for i, (low, _, _) in zip(index, bounds, strict=False))
-        part = cast(np.asarray(_pick(shard.data, local) if index else shard.data))
-        if whole is None:
-            whole = np.empty(leaf.shape[len(index) :], part.dtype)
-        whole[tuple(slice(*bound) for bound in bounds[len(index) :])] = part
-    return whole
+        bounds = [slice(*s.indices(size)) for s, size in zip(shard.index, leaf.shape, strict=True)]
+        counted, inner = bounds[: len(index)], tuple(bounds[len(index) :])
+        if shard.replica_id == 0 and all(s.start <= i < s.stop for i, s in zip(index, counted, strict=True)):
+            local = tuple(i - s.start for i, s in zip(index, counted, strict=True))
+            yield inner, np.asarray(_pick(shard.data, local) if index else shard.data)
 
 
 @jax.jit
@@ -174,9 +167,10 @@ def _verify(folder: Path, config: ReadConfig, spec: ModelSpec, params: Params, o
         dtype = as_dtype(origin.dtype_of(name))
         same = DTYPES[directory.tensors[name].dtype] == dtype
         for piece, index in tensor.pieces if same else ():
-            slices = (*[slice(i, i + 1) for i in index], *[slice(None)] * len(piece.inner))
-            found = piece.read(slices, directory.read, np.dtype(np.float32))
-            wanted = gather(params[piece.row.path], index, bind(_cast, name=name, dtype=dtype)).astype(np.float32)
-            same = same and np.array_equal(found.reshape(wanted.shape).view(np.uint32), wanted.view(np.uint32))
+            layer = tuple(slice(i, i + 1) for i in index)
+            for slices, part in parts(params[piece.row.path], index):
+                found = piece.read((*layer, *slices), directory.read, np.dtype(np.float32)).reshape(part.shape)
+                wanted = _cast(part, name=name, dtype=dtype).astype(np.float32)
+                same = same and np.array_equal(found.view(np.uint32), wanted.view(np.uint32))
         if not same:
             raise RuntimeError(f"{name} was read back from {directory.tensors[name].file} as something else")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 from collections import Counter
@@ -44,6 +45,7 @@ TOKENIZER_FILES = (
 GENERATION = "generation_config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 COMPARED_AT_ONCE = 1 << 24  # elements
+BYTES_IN_FLIGHT = 1 << 28  # of a save, at least: enough to keep a disk busy
 
 
 class Directory(NamedTuple):
@@ -78,7 +80,8 @@ def import_directory(folder: Path, workdir: Path, config: Config, say: Callable[
         else:
             say(f"{folder} has no tokenizer: put one into {workdir / 'tokenizer'} before you use the model.")
         params = load_params(directory, layout)
-        with Checkpoints(partial / "checkpoints", say=say) as checkpoints:
+        in_flight = max(BYTES_IN_FLIGHT, 2 * largest_part(params))
+        with Checkpoints(partial / "checkpoints", say=say, bytes_in_flight=in_flight) as checkpoints:
             checkpoints.save_params(params, config_dict(config))
         write_json(partial / "config.json", config_dict(config))
         _keep_origin(folder, partial / ORIGIN, directory)
@@ -183,6 +186,11 @@ def load_params(directory: Directory, layout: Layout) -> dict[str, Any]:
         return _assemble(leaf, lambda slices: piece.read(slices, directory.read, np.dtype(np.float32)))
 
     return jax.tree_util.tree_map_with_path(load, at_rest(directory.spec, layout))
+
+
+def largest_part(params: dict[str, Any]) -> int:
+    """Bytes of the largest part that a device has of a parameter."""
+    return max(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params))
 
 
 def _assemble(leaf: jax.ShapeDtypeStruct, read: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:

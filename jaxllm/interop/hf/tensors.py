@@ -86,11 +86,12 @@ class Piece:
             cut += [within.start if axis == PART else within for axis, within in zip(group, inside, strict=True)]
         return read(tuple(slices)).reshape(shape)[tuple(cut)].transpose(self.to_ours)
 
-    def write(self, into: np.ndarray, ours: np.ndarray) -> None:
-        """Puts one tensor's worth of our array (its inner axes) into the file's tensor `into`."""
+    def write(self, into: np.ndarray, slices: tuple[slice, ...], block: np.ndarray) -> None:
+        """Puts a block of our array, `slices` of its inner axes, to its place in the file's tensor `into`."""
         apart = into.reshape([self.sizes[axis] for group in self.groups for axis in group])
-        cut = [self.row.part if axis == PART else slice(None) for group in self.groups for axis in group]
-        apart[tuple(cut)] = ours.transpose(np.argsort(self.to_ours))
+        places = dict(zip(self.inner, slices, strict=True)) | {PART: self.row.part}
+        cut = tuple(places[axis] for group in self.groups for axis in group)
+        apart[cut] = block.transpose(np.argsort(self.to_ours))
 
 
 def _hull(sizes: list[int], ranges: list[tuple[int, int]]) -> tuple[int, int, list[int], list[slice]]:
