@@ -11,15 +11,20 @@ import safetensors.torch
 
 from jaxllm.cli.main import main
 from jaxllm.errors import UserError
-from jaxllm.generate.run import read_run_config
+from jaxllm.generate.run import open_run, read_run_config
 from jaxllm.interop.hf.config import read_model, write_model
 from jaxllm.interop.hf.export import export_run
 from jaxllm.interop.hf.load import import_directory, load_params, open_directory
 from jaxllm.layout.config import LayoutConfig, MeshConfig
-from jaxllm.layout.layout import make_layout
+from jaxllm.layout.layout import make_layout, use_layout
 from jaxllm.model import presets
 from jaxllm.model.config import ModelConfig, differing
-from jaxllm.train.config import Config
+from jaxllm.model.spec import model_spec
+from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.config import Config, PrecisionConfig, config_dict
+from jaxllm.train.optimizer import make_optimizer
+from jaxllm.train.state import init_state
+from tests.data import huggingface as tokenizers
 from tests.interop.hf.models import LLAMA, MODELS, ROPE, VOCABULARY, make, save, stretched, torch, transformers
 
 SHARD = 30_000  # bytes: several files
@@ -262,3 +267,55 @@ def test_a_model_that_nobody_has_is_refused():
     model = dataclasses.replace(model, norm_position="post").resolved(VOCABULARY)
     with pytest.raises(UserError, match=r"config.model.norm_position='post' \(Qwen3ForCausalLM has 'pre'\)"):
         write_model(model, None)
+
+
+def test_a_tokenizer_json_is_carried_both_ways(tmp_path, capsys):
+    """As on the hub: the imported model is prompted in text, and transformers opens what is exported."""
+    first = save(make("LlamaForCausalLM", LLAMA | {"vocab_size": 400}), tmp_path / "first")
+    theirs = tokenizers.save("llama3", first)
+    (first / "generation_config.json").unlink()  # its ids are then those of config.json
+    run = to_run(first, tmp_path / "run")
+    assert json.loads((run / "tokenizer" / "generation_config.json").read_text())["eos_token_id"] == 2
+    argv = ["generate", f"--workdir={run}", "--prompt=the quick", "--max_new_tokens=3", "--temperature=0", "--json"]
+    capsys.readouterr()
+    assert main(argv) == 0
+    assert len(json.loads(capsys.readouterr().out)["tokens"]) == 3
+    second = to_directory(run, tmp_path / "second")
+    for file in first.glob("*token*"):
+        assert (second / file.name).read_bytes() == file.read_bytes(), file.name
+    opened = transformers.AutoTokenizer.from_pretrained(second)
+    assert opened("the quick 曹操")["input_ids"] == theirs("the quick 曹操")["input_ids"]
+
+
+@pytest.fixture
+def ours_on_disk(tmp_path, tokenizer) -> Path:
+    """A WORKDIR as training leaves it: a Llama of float32 compute."""
+    workdir = tmp_path / "ours"
+    tokenizer.save(workdir / "tokenizer")
+    sizes = {"num_layers": 2, "embed_dim": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 48, "max_length": 64}
+    config = Config(model=ModelConfig(**presets.llama2_7b(**sizes)), precision=PrecisionConfig(compute="float32"))
+    (workdir / "config.json").write_text(json.dumps(config_dict(config)))
+    spec = model_spec(config.model.resolved(tokenizer.vocab_size))
+    optimizer = make_optimizer(config.optimizer, config.train.steps, spec.axes)
+    layout = make_layout(MeshConfig(data=4, model=2), LayoutConfig())
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(init_state(spec, optimizer, layout, seed=0), {}, config_dict(config), {})
+    return workdir
+
+
+def test_a_run_of_ours_becomes_a_directory(ours_on_disk, tmp_path):
+    """Trained here, without an origin: the family is found, and transformers computes what we compute."""
+    folder = to_directory(ours_on_disk, tmp_path / "hf")
+    opened = open_run(ours_on_disk)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    tokens = np.arange(3, 23)[None]
+    ours = opened.spec.merge(opened.weights)
+    with use_layout(opened.layout):
+        logits = ours.head.logits(ours(jax.numpy.asarray(np.repeat(tokens, 8, 0))))[0]
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens)).logits[0].numpy()
+    np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (opened.tokenizer.bos_id, opened.tokenizer.eos_id)
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == opened.tokenizer.eos_id
