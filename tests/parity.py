@@ -1,4 +1,4 @@
-"""The parity matrix: every legal layout of two small models on 8 devices against one device.
+"""The parity matrix: every legal layout of three small models on 8 devices against one device.
 
     python -m tests.parity --all                    # hours on two cores; --part 1/4 runs the first of four parts
     python -m tests.parity --sample 60 --seed 1
@@ -31,12 +31,14 @@ from jaxllm.layout.layout import make_layout
 from jaxllm.layout.mesh import AXES
 from jaxllm.plan.layouts import flags, legal_layouts, variations
 from jaxllm.train.config import Config
-from tests.layout.runs import BATCH, GPT2, LEARNING_RATE, LENGTH, LLAMA, Trained, train
+from tests.layout.runs import BATCH, GPT2, LEARNING_RATE, LENGTH, LLAMA, MOE, Trained, train
 
 DEVICES, STEPS, MICROBATCHES = 8, 3, (1, 4, 8)
 # Layers for eight stages. Llama: fewer key heads than `model` at 8, an untied head. GPT-2: learned positions, biases, a
-# tied head, a vocabulary of 37.
-MODELS = {name: dataclasses.replace(model, num_layers=8) for name, model in (("llama", LLAMA), ("gpt2", GPT2))}
+# tied head, a vocabulary of 37. MoE: Llama with four experts.
+MODELS = {
+    name: dataclasses.replace(model, num_layers=8) for name, model in (("llama", LLAMA), ("gpt2", GPT2), ("moe", MOE))
+}
 NUMBERS, PARAMS = 1e-5, 1e-4  # what may differ
 VARIED = ("mesh", "zero_stage", "sequence_parallel", "schedule", "num_microbatches", "context_attention")
 
@@ -81,7 +83,7 @@ def smallest_gathered(elements: int = 256):
 
 @functools.cache
 def all_cases() -> tuple[Case, ...]:
-    """Every legal layout of both models."""
+    """Every legal layout of the models."""
     cases = []
     with smallest_gathered():
         for name, model in MODELS.items():

@@ -42,14 +42,17 @@ class Likelihood(NamedTuple):
 class Scorer:
     """Log-likelihoods under a trained model: `Scorer(open_run(workdir)).likelihoods(pairs)`."""
 
-    def __init__(self, run: Run, batch_size: int = 16):
-        """`batch_size` rows at once, over all devices; rounded up to what the mesh divides."""
+    def __init__(self, run: Run, batch_size: int = 16, *, special: bool = False):
+        """`batch_size` rows at once, over all devices; rounded up to what the mesh divides.
+
+        With `special`, contexts are a chat template's: names of special tokens in them are those tokens, bos too.
+        """
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be 1 or more.")
         if not run.spec.config.causal:
             raise UserError("config.model.causal=False: a model that sees what comes next gives texts no probability.")
         self.tokenizer, self.max_length = run.tokenizer, run.spec.config.max_length
-        self._run, self._batch_size = run, batch_size
+        self.special, self._run, self._batch_size = special, run, batch_size
         num_tokens = run.tokenizer.vocab_size
 
         def score(weights, tokens, positions, segment_ids, targets):
@@ -73,11 +76,11 @@ class Scorer:
           UserError: an empty continuation, one longer than the model's context, or nothing to begin with.
         """
         text, kept = context + continuation, context.rstrip()
-        ids = self.tokenizer.encode(text) if continuation else []
+        ids = self.tokenizer.encode(text, special=self.special) if continuation else []
         if not ids:
             raise UserError("an empty continuation has no probability.")
-        begin = [] if kept and self.tokenizer.bos_id is None else [self._first()]
-        alone = self.tokenizer.encode(kept)
+        begin = [] if kept and (self.special or self.tokenizer.bos_id is None) else [self._first()]
+        alone = self.tokenizer.encode(kept, special=self.special)
         before, targets = (alone, ids[len(alone) :]) if len(alone) < len(ids) else (ids[:-1], ids[-1:])
         if len(targets) > self.max_length:
             raise UserError(

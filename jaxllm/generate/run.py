@@ -122,8 +122,9 @@ def open_run(workdir: str | Path, config: Config | None = None, say: Callable[[s
                 "Leave it at 1 and give the devices to data or model."
             )
     tokenizer = load_tokenizer(workdir / "tokenizer")
-    # z-loss is a part of training, not of what a text costs.
-    spec = model_spec(dataclasses.replace(config.model, z_loss=0.0).resolved(tokenizer.vocab_size))
+    # z-loss is a part of training, not of what a text costs; and no token is dropped because others are beside it.
+    model = dataclasses.replace(config.model, z_loss=0.0, expert_dispatch="dropless")
+    spec = model_spec(model.resolved(tokenizer.vocab_size))
     if spec.config.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"{workdir / 'tokenizer'} has {tokenizer.vocab_size} pieces, but config.model.vocab_size="

@@ -121,8 +121,9 @@ class JaxllmLM(LM):
             logger.warning("jaxllm does not know the generation settings %s; they change nothing.", settings)
         room = self.max_length - most if most < self.max_length else self.max_length // 2
         tokenizer = self._run.tokenizer
-        begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        prompts = [[*begin, *tokenizer.encode(context)][-room:] for context in contexts]
+        special = self._scorer.special
+        begin = [] if special or tokenizer.bos_id is None else [tokenizer.bos_id]
+        prompts = [[*begin, *tokenizer.encode(context, special=special)][-room:] for context in contexts]
         done = self._engine.generate(prompts, most, sampling, stop=stop, seed=self._seed)
         self._seed += 1  # a question that comes again, in another batch, may be answered in another way
         return [completion.text for completion in done]
@@ -137,7 +138,11 @@ class JaxllmLM(LM):
         return self.apply_chat_template([{"role": role, "content": "…"} for role in ("system", "user")])
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as one text, in the roles of `jaxllm chat`, open at its end for the answer."""
+        """A conversation as one text, by the tokenizer's template or in the roles of `jaxllm chat`, open at its end."""
+        template = self._run.tokenizer.chat_template
+        if template is not None:
+            self._scorer.special = True  # of all that is asked from here on: the harness puts all or none in a template
+            return template.render(chat_history, add_generation_prompt=add_generation_prompt).text
         roles = PlainRoles()
         names = {"system": "", "user": f"{roles.user}: ", "assistant": f"{roles.assistant}: "}
         said = [names.get(turn["role"], f"{turn['role']}: ") + turn["content"] for turn in chat_history]

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.layout import vocabulary
 from jaxllm.layout.layers import LayerSums
-from jaxllm.layout.layout import constrain, current_layout
+from jaxllm.layout.layout import constrain, current_layout, reshard
 from jaxllm.layout.scope import tensor_scope
 from jaxllm.layout.sequence import to_device_order, to_text_order
 from jaxllm.layout.zero import gather_for_use
@@ -50,12 +50,13 @@ class HeadTransform(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.activation = config.activation
-        shape, bias_axes = (config.embed_dim,) * 2, (None,) if config.use_bias else None
-        self.dense = Linear("btd,de->bte", ("embed", None), shape, bias_axes=bias_axes, std=config.init_std, rngs=rngs)
+        shape, bias_axes = (config.embed_dim,) * 2, ("mlp",) if config.use_bias else None
+        self.dense = Linear("btd,df->btf", ("embed", "mlp"), shape, bias_axes=bias_axes, std=config.init_std, rngs=rngs)
         self.norm = Norm(config)
 
     def __call__(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length embed"]:
-        return self.norm(ACTIVATIONS[self.activation](self.dense(x)))
+        hidden = ACTIVATIONS[self.activation](self.dense(x))
+        return self.norm(reshard(hidden, ("batch", "length", "embed"), ("batch", "length", "mlp")))
 
 
 class HeadBias(nnx.Module):

@@ -16,16 +16,17 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxllm.layout.experts import Dispatch, run_experts
 from jaxllm.layout.layers import LayerSums
 from jaxllm.layout.layout import constrain
+from jaxllm.layout.scope import tensor_scope
+from jaxllm.layout.weights import small_weight
 from jaxllm.model.config import ModelConfig
-from jaxllm.model.linear import Linear
 from jaxllm.model.mlp import ACTIVATIONS
 from jaxllm.model.names import name_of
 
 Statistics = dict[str, Float[Array, "..."]]
 
 
-class Kernels(nnx.Module):
-    """One matrix an expert."""
+class Kernel(nnx.Module):
+    """A matrix, or one for each expert."""
 
     def __init__(self, axes: tuple[str, ...], shape: tuple[int, ...], std: float, rngs: nnx.Rngs):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
@@ -37,14 +38,12 @@ class MoE(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         experts, embed, hidden = config.num_experts, config.embed_dim, config.mlp_dim
-        self.router = Linear(
-            "btd,de->bte", ("embed", None), (embed, experts), bias_axes=None, std=config.init_std, rngs=rngs
-        )
+        self.router = Kernel(("embed", None), (embed, experts), config.init_std, rngs)
         widen, narrow = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
-        self.gate = Kernels(widen, (experts, embed, hidden), config.init_std, rngs) if config.gated_mlp else None
-        self.up = Kernels(widen, (experts, embed, hidden), config.init_std, rngs)
+        self.gate = Kernel(widen, (experts, embed, hidden), config.init_std, rngs) if config.gated_mlp else None
+        self.up = Kernel(widen, (experts, embed, hidden), config.init_std, rngs)
         down_std = config.init_std / math.sqrt(2 * config.num_layers)  # Radford et al. 2019, section 2.3
-        self.down = Kernels(narrow, (experts, hidden, embed), down_std, rngs)
+        self.down = Kernel(narrow, (experts, hidden, embed), down_std, rngs)
         self.dispatch = Dispatch(experts, config.capacity_factor, config.expert_dispatch == "dropless")
 
     def __call__(
@@ -53,7 +52,10 @@ class MoE(nnx.Module):
         """Also returns the router's losses and what it did, summed over the tokens that are not padding."""
         config = self.config
         # In float32: bfloat16 has 8 bits, and experts are often closer than that (Fedus et al. 2022, section 2.4).
-        logits = constrain(self.router(x.astype(jnp.float32)), "batch", "length", None)
+        kernel = self.router.kernel
+        with tensor_scope(name_of(kernel), kernel.axes, ("batch", "length")):
+            router = small_weight(kernel[...], kernel.axes)
+            logits = constrain(jnp.einsum("btd,de->bte", x.astype(jnp.float32), router), "batch", "length", None)
         real = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids > 0
         probabilities = jax.nn.softmax(logits, axis=-1)
         choices, chosen = top_k(probabilities, config.experts_per_token)

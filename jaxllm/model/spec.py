@@ -1,5 +1,6 @@
 """A model without numbers: its graph, its parameters' shapes and their logical axes."""
 
+import math
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -44,6 +45,15 @@ class ModelSpec(_Fields):
     def num_parameters(self) -> int:
         """Parameters, counted from the tree."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
+
+    @cached_property
+    def num_active_parameters(self) -> int:
+        """Those that a token meets: of the experts as many as it is sent to."""
+        experts = sum(math.prod(w.shape) for w in self.parameters.values() if "experts" in w.axes)
+        if not experts:
+            return self.num_parameters
+        share = self.config.experts_per_token / self.config.num_experts
+        return self.num_parameters - experts + round(experts * share)
 
     @cached_property
     def num_embedding_parameters(self) -> int:

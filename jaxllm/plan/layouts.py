@@ -16,7 +16,7 @@ from jaxllm.errors import UserError, did_you_mean
 from jaxllm.layout import zero
 from jaxllm.layout.config import LayoutConfig, MeshConfig
 from jaxllm.layout.layout import REMAT, Layout
-from jaxllm.layout.mesh import mesh_shape
+from jaxllm.layout.mesh import AXES, mesh_shape
 from jaxllm.layout.rules import LOGICAL_AXES, RULE_SETS, Rules, make_rules
 from jaxllm.layout.schedules import SCHEDULES
 from jaxllm.model.config import ModelConfig
@@ -27,7 +27,6 @@ from jaxllm.train.optimizer import make_optimizer
 from jaxllm.train.state import bytes_per_device, new_state, place_state
 
 VARIED = ("mesh", "zero_stage", "sequence_parallel", "schedule")
-_MESH_AXES = ("pipeline", "replica", "data", "context", "model")  # those that a factorisation deals devices to
 
 # What a field may be, for a config.
 _CHOICES: dict[str, Callable[[Config], Sequence[Any]]] = {
@@ -55,7 +54,7 @@ def variations(config: Config, num_devices: int, fields: Sequence[str] = VARIED)
         if name not in FIELDS:
             raise UserError(f"--vary {name}: not a field that varies. {did_you_mean(name, FIELDS)}")
         if name == "mesh":
-            values[name] = _meshes(config.mesh, num_devices)
+            values[name] = _meshes(config, num_devices)
         else:
             own = getattr(config.layout, name)
             values[name] = [own, *(choice for choice in _CHOICES[name](config) if choice != own)]
@@ -147,13 +146,16 @@ def _spec(model: ModelConfig) -> ModelSpec:
     return model_spec(model)
 
 
-def _meshes(mesh: MeshConfig, num_devices: int) -> list[MeshConfig]:
-    """Every way to deal the devices to the axes; experts stay as they are."""
-    expert = max(mesh.expert, 1)
+def _meshes(config: Config, num_devices: int) -> list[MeshConfig]:
+    """Every way to deal the devices to the axes; `expert` stays as it is where the model has no experts."""
+    if config.model.num_experts:
+        return [MeshConfig(**dict(zip(AXES, sizes, strict=True))) for sizes in _factorisations(num_devices, len(AXES))]
+    expert = max(config.mesh.expert, 1)
     if num_devices % expert:
-        return [mesh]
-    factorisations = _factorisations(num_devices // expert, len(_MESH_AXES))
-    return [MeshConfig(expert=expert, **dict(zip(_MESH_AXES, sizes, strict=True))) for sizes in factorisations]
+        return [config.mesh]
+    rest = [axis for axis in AXES if axis != "expert"]
+    factorisations = _factorisations(num_devices // expert, len(rest))
+    return [MeshConfig(expert=expert, **dict(zip(rest, sizes, strict=True))) for sizes in factorisations]
 
 
 def _factorisations(number: int, parts: int) -> Iterator[tuple[int, ...]]:

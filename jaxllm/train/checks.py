@@ -152,8 +152,8 @@ def _check_experts(config: Config, rules: Rules, shape: dict[str, int]) -> None:
         )
     if model.expert_dispatch == "capacity" and (parts := _parts("length", rules, shape))[0] > 1:
         raise UserError(
-            f"config.model.expert_dispatch='capacity' counts an expert's tokens in whole rows, which {parts[1]} splits. "
-            "Use 'dropless', or give the devices to data or expert."
+            "config.model.expert_dispatch='capacity' counts an expert's tokens in whole rows, which "
+            f"{parts[1]} splits. Use 'dropless', or give the devices to data or expert."
         )
     _check_divides("config.model.num_experts", model.num_experts, "experts", rules, shape)
     split = [axis for axis in rules.mesh_axes("experts") if shape[axis] > 1]

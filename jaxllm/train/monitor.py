@@ -15,6 +15,10 @@ from jaxllm.train.metrics import MetricsWriter, ProgressReport, Stopwatch
 Record = dict[str, float | int | str | None]
 
 
+# Metrics of a step that a record has in its own way; all others go in as they are.
+SHOWN_APART = ("loss", "weight", "grad_norm", "learning_rate", "nonfinite", "loss_scale")
+
+
 class Dispatched(NamedTuple):
     """A step that the devices were given; its metrics may not be there yet."""
 
@@ -66,6 +70,7 @@ class Monitor:
             "counted_tokens": round(metrics["weight"]),
             "nonfinite": nonfinite,
             "loss_scale": metrics["loss_scale"],
+            **{name: value for name, value in metrics.items() if name not in SHOWN_APART},
             "tokens_hash": f"{dispatched.tokens_hash:08x}",
         }
 

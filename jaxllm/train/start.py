@@ -42,7 +42,8 @@ def describe_run(config: Config, spec: ModelSpec, layout: Layout, abstract: Trai
     state, params = bytes_per_device(abstract), bytes_per_device(abstract.params)
     peak = peak_flops(device)
     return [
-        f"model: {spec.num_parameters:,} parameters, {spec.num_embedding_parameters:,} of them only looked up",
+        f"model: {spec.num_parameters:,} parameters, {spec.num_embedding_parameters:,} of them only looked up"
+        + (f"; {spec.num_active_parameters:,} at work for a token" if spec.config.num_experts else ""),
         *_decay_lines(config, spec),
         f"devices: {layout.mesh.size} x {device.device_kind}, {mesh}, ZeRO {layout.zero_stage}",
         *_pipeline_lines(layout, spec),

@@ -135,7 +135,8 @@ def make_eval_step(
     That is what the text costs, so without dropout, z-loss and the losses of routers. A pipeline splits the batch into
     its microbatches, so that all stages have work.
     """
-    alone = {"z_loss": 0.0, "router_balance_loss": 0.0, "router_z_loss": 0.0}
+    # A token dropped because others are beside it would cost more in one evaluation than in another.
+    alone = {"z_loss": 0.0, "router_balance_loss": 0.0, "router_z_loss": 0.0, "expert_dispatch": "dropless"}
     spec = model_spec(dataclasses.replace(spec.config, **alone))
     compute = as_dtype(config.precision.compute)
 

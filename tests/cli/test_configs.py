@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from jaxllm.cli.config_file import load_config
+from jaxllm.model.spec import model_spec
 from jaxllm.train.checks import check
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -15,12 +16,19 @@ DEVICES = {
     "shakespeare.py:tfds": 1,
     "gpt2_small.py": 8,
     "llama3_8b.py": 64,
+    "moe_1t.py": 2048,
 }
 
 
 @pytest.mark.parametrize(("name", "devices"), DEVICES.items())
 def test_config_fits_its_machine(name, devices):
     check(load_config(str(CONFIGS / name), {}), devices)
+
+
+def test_the_large_mixture_has_the_parameters_it_says():
+    spec = model_spec(load_config(str(CONFIGS / "moe_1t.py"), {}).model.resolved())
+    assert spec.num_parameters == pytest.approx(1.75e12, rel=2e-3)
+    assert spec.num_active_parameters == pytest.approx(38e9, rel=2e-2)
 
 
 def test_every_config_is_tested():

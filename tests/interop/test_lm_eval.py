@@ -208,3 +208,17 @@ def test_a_mistake_in_the_harness_is_one_line(tmp_path, capsys):
     assert main(argv) == 2
     said = capsys.readouterr().err
     assert "holds no run" in said and "Traceback" not in said
+
+
+def test_a_tokenizers_own_template_is_used_and_its_special_tokens_are_tokens(model, monkeypatch):
+    from jaxllm.data.chat_template import ChatTemplate
+
+    template = ChatTemplate("{% for m in messages %}<s>{{ m.content }}{% endfor %}", {})
+    monkeypatch.setattr(model._run.tokenizer, "chat_template", template)
+    monkeypatch.setattr(model._scorer, "special", False)
+    plain = model._scorer.pair("<s>the cow", " eats")
+    text = model.apply_chat_template([{"role": "user", "content": "the cow"}])
+    assert text == "<s>the cow"
+    pair = model._scorer.pair(text, " eats")
+    assert pair.context == [model._run.tokenizer.bos_id, *model._run.tokenizer.encode("the cow")]
+    assert len(plain.context) > len(pair.context)

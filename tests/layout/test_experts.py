@@ -46,6 +46,14 @@ LAYOUTS = {
         "schedule": "zero_bubble",
     },
     "fsdp": {"expert": 2, "data": 2, "model": 2, "zero_stage": 3, "rules": "fsdp"},
+    "state over experts too": {
+        "pipeline": 2,
+        "expert": 2,
+        "data": 2,
+        "zero_stage": 3,
+        "num_microbatches": 2,
+        "rule_overrides": "state=data+expert",
+    },
     "remat": {"expert": 4, "data": 2, "remat": "full", "scan_layers": False},
 }
 

@@ -47,7 +47,15 @@ def test_meshes_are_all_factorisations():
     assert len(meshes) == len(set(meshes)) == 35  # three factors 2 on five axes
 
 
-def test_experts_stay_as_they_are():
+def test_devices_are_dealt_to_experts_where_there_are_some():
+    base = dataclasses.replace(BASE, model=dataclasses.replace(EIGHT_LAYERS, num_experts=4))
+    found = [sizes(c) for c in candidates(base, 8, vary("mesh", base=base))]
+    assert len(found) == len(set(found)) == 56  # three factors 2 on six axes
+    legal = {c.mesh.expert for c in legal_layouts(base, 8, vary("mesh", base=base))}
+    assert legal == {1, 2, 4}  # and not 8
+
+
+def test_without_experts_their_axis_stays_as_it_is():
     base = dataclasses.replace(BASE, mesh=MeshConfig(expert=2))
     assert {c.mesh.expert for c in candidates(base, 8, vary("mesh", base=base))} == {2}
     assert all("config.mesh.expert=2" in reason for _, reason in illegal_layouts(base, 8))
