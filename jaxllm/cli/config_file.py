@@ -70,7 +70,7 @@ def merge(values: Mapping[str, Any]) -> ConfigDict:
 def override(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
     """Sets the fields {"group.field": "text"} of `config`; {"model": "llama3_8b"} lays a preset first.
 
-    In place of a preset it may name a WORKDIR: the model of that run.
+    In place of a preset it may name a WORKDIR, for the model of that run.
     """
     for name, text in sorted(overrides.items(), key=lambda item: item[0] != "model"):
         if name == "model":
@@ -92,7 +92,7 @@ def _preset(name: str) -> Mapping[str, Any]:
         return _model_of_run(name, file)
     known = dict(inspect.getmembers(presets, inspect.isfunction))
     if name not in known:
-        raise UserError(f"--config.model={name} is no preset and no WORKDIR. {did_you_mean(name, known)}")
+        raise UserError(f"--config.model={name} is no preset. {did_you_mean(name, known)}")
     return known[name]()
 
 

@@ -100,7 +100,7 @@ _BERT_ROWS = (
     *_linear("layers.mlp.up", f"{_BERT_BLOCK}.intermediate.dense", "mlp embed", "mlp"),
     *_linear("layers.mlp.down", f"{_BERT_BLOCK}.output.dense", "embed mlp", "embed"),
     *_norm("layers.mlp_norm", f"{_BERT_BLOCK}.output.LayerNorm"),
-    *_linear("head_transform.dense", f"{_BERT_HEAD}.transform.dense", "out embed", "out"),
+    *_linear("head_transform.dense", f"{_BERT_HEAD}.transform.dense", "mlp embed", "mlp"),
     *_norm("head_transform.norm", f"{_BERT_HEAD}.transform.LayerNorm"),
     Row("head_bias.bias", f"{_BERT_HEAD}.bias", "vocab"),
     Row("output.table", f"{_BERT_HEAD}.decoder.weight", "vocab embed"),
