@@ -89,7 +89,8 @@ def write_model(model: ModelConfig, original: Mapping[str, Any] | None) -> tuple
         raise _not_a(family, missing)
     if not original:
         return family, keys
-    if differing(family.read(original), model):
+    came = family.read(original)
+    if differing(came, model) or came.max_length != model.max_length:
         rest = {key: value for key, value in original.items() if key not in family.known_keys}
         return family, rest | keys
     forms = ("rope_parameters", "rope_theta", "rope_scaling")  # both, whichever the original has

@@ -225,6 +225,8 @@ def test_both_forms_of_rope_are_written_and_read(kind, tmp_path):
     _, keys = write_model(read.model, read.keys)
     assert keys["rope_theta"] == keys["rope_parameters"]["rope_theta"] == 10_000.0
     assert (keys["rope_scaling"] is None) == (kind == "default")
+    longer = write_model(dataclasses.replace(read.model, max_length=999), read.keys)[1]
+    assert longer["max_position_embeddings"] == (32 if kind == "dynamic" else 999)
     old = {key: value for key, value in keys.items() if key != "rope_parameters"}  # transformers 4
     new = {key: value for key, value in keys.items() if key not in ("rope_theta", "rope_scaling")}
     fresh = write_model(read.model, None)[1]
