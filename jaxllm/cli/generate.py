@@ -11,6 +11,7 @@ EXAMPLES = """\
   jaxllm generate --workdir runs/shakespeare --prompt "To be, or" --max_new_tokens 100
   jaxllm generate --workdir runs/sanguo --prompt 却说曹操 --prompt 话说孔明 --temperature 0.8 --top_p 0.9
   jaxllm generate --workdir runs/sanguo --prompt_file prompts.txt --json > out.jsonl
+  jaxllm generate --workdir runs/bert --prompt "the river <mask> through the town"
 """
 
 
@@ -49,7 +50,9 @@ def add_sampling_flags(parser: Parser, temperature: float) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser("generate", "Continues prompts. Text goes to stdout as it is generated.", EXAMPLES)
+    parser = Parser(
+        "generate", "Continues prompts, or fills the masks in them. Text goes to stdout as it is generated.", EXAMPLES
+    )
     workdir.add_flags(parser)
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="repeatable: a batch")
     parser.add_argument("--prompt_file", metavar="FILE", help="one prompt a line; - is stdin")
@@ -65,6 +68,8 @@ def main(argv: list[str]) -> int:
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     sampling = Sampling(**{name: getattr(options, name) for name in names})
     run = workdir.open_workdir(options, overrides)
+    if not run.spec.config.causal:
+        return _fill(run, prompts, options.json)
     from jaxllm.generate.engine import Engine
 
     engine, first = Engine(run), is_first_process()
@@ -84,6 +89,16 @@ def main(argv: list[str]) -> int:
         print(f"jaxllm: stopped where the model's context of {engine.max_length} tokens is full.", file=sys.stderr)
     if first:
         _show(completions, streams, options.json)
+    return 0
+
+
+def _fill(run, prompts: list[str], as_json: bool) -> int:
+    """Of a model that sees both sides of a token: the prompts with their masks filled."""
+    from jaxllm.generate.fill import fill
+
+    for filled in fill(run, prompts):
+        if is_first_process():
+            print(json.dumps(filled._asdict(), ensure_ascii=False) if as_json else filled.text)
     return 0
 
 

@@ -1,9 +1,14 @@
-"""The batch every language-model step takes."""
+"""The batch a train step takes, and how its rows are made of rows of text."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Bool, Int
+
+from jaxllm.data.config import DataConfig
+from jaxllm.data.tokenizer import Tokenizer
 
 
 class Batch(NamedTuple):
@@ -15,6 +20,44 @@ class Batch(NamedTuple):
     loss_mask: Bool[Array | np.ndarray, "batch length"]  # true where this token is to be predicted from those before
 
 
-# Whole along the length also where the layout splits sequences: tokens are few bytes, and the model puts its part of
-# them in the order of the devices without communication.
-BATCH_AXES = Batch(*[("batch", None)] * 4)
+class Vocabulary(NamedTuple):
+    """What the making of rows needs to know of a tokenizer."""
+
+    size: int
+    mask_id: int | None
+    special_ids: tuple[int, ...] = ()  # of the tokens that stand for no text
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "Vocabulary":
+        named = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id} - {None}
+        return cls(tokenizer.vocab_size, tokenizer.mask_id, tuple(sorted({*tokenizer.specials.values(), *named})))
+
+
+# (packed row, its random numbers, vocabulary, config.data) -> a row of the batch
+MakeRow = Callable[[Batch, np.random.RandomState, Vocabulary, DataConfig], Any]
+
+
+@dataclass(frozen=True)
+class BatchKind:
+    """What a train step takes, told as how a packed row of text becomes a row of it.
+
+    `make_row` gets a `Batch` without the batch axis, which it must not change, and returns a tree of NumPy arrays
+    [length]; stacked they are the batch. Its shapes and dtypes follow from the length alone. The random numbers belong
+    to the row: they are a function of `config.seed` and of the row's number in the run, or in the held-out split.
+    """
+
+    make_row: MakeRow
+    special_tokens: tuple[str, ...] = ()  # of a tokenizer that is trained for it
+
+
+def packed_row(row: Batch, random: np.random.RandomState, vocabulary: Vocabulary, config: DataConfig) -> Batch:
+    """The row as it is."""
+    return row
+
+
+PACKED = BatchKind(packed_row)
+
+
+def row_random(seed: int, number: int) -> np.random.RandomState:
+    """The random numbers of row `number`; RandomState, because NumPy has promised never to change what it draws."""
+    return np.random.RandomState(np.random.Philox(key=np.array([seed, number], np.uint64)))

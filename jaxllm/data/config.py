@@ -16,5 +16,6 @@ class DataConfig:
     batch_size: int = 32  # sequences a step, over all devices
     packing: str = "concat"  # concat: documents end to end, cut anywhere | best_fit: whole where they fit, padded
     eval_overlap: int = 0  # tokens that evaluation windows of one document share as context; 0: half the length
+    mask_fraction: float = 0.15  # of the tokens, that train_step=mlm hides
     shuffle: bool = True  # a global shuffle, a function of config.seed alone
     cache: str = ""  # folder of the token shards; "": $JAXLLM_CACHE or ~/.cache/jaxllm

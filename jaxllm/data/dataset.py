@@ -5,6 +5,7 @@ loader = data.train_loader(sharding, batch_size=256, seed=0)
 for batch in data.eval_batches(sharding, batch_size=256): ...
 """
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grain
 import jax
@@ -24,17 +25,19 @@ from jax.sharding import NamedSharding
 
 from jaxllm.config import one_of
 from jaxllm.data import shards
-from jaxllm.data.batch import Batch
+from jaxllm.data.batch import PACKED, Batch, BatchKind, Vocabulary, row_random
 from jaxllm.data.config import DataConfig
 from jaxllm.data.held_out import HeldOut, Piece, read_held_out, split_documents
-from jaxllm.data.loader import DeviceBatches, EvaluationRows, Rows, TrainLoader
-from jaxllm.data.packing import PACKINGS, EvaluationWindows
+from jaxllm.data.loader import DeviceBatches, EvaluationRows, Rows, StepRows, TrainLoader
+from jaxllm.data.packing import PACKINGS, EvaluationWindows, empty_row
 from jaxllm.data.sources import Component, Source, kind_of, open_components, open_source
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxllm.data.tokenizer_training import SAMPLE_BYTES, parse_tokenizer, sample_passages, train_tokenizer
 from jaxllm.errors import UserError
 
 T = TypeVar("T")
+
+HELD_OUT_SEED = 1 << 32  # no config.seed is so large: held-out rows are made with random numbers of their own
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Dataset:
     train: tuple[shards.TokenStream, ...]  # one stream a component
     weights: tuple[float, ...]  # of the components, in rows
     held_out: tuple[shards.TokenStream, ...]  # empty without a held-out split
+    kind: BatchKind = PACKED  # of the batches
 
     @property
     def train_tokens(self) -> int:
@@ -62,7 +66,7 @@ class Dataset:
 
     @property
     def held_out_tokens(self) -> int:
-        """Tokens that all of `eval_batches` predict: every token but the first (bos) of each document."""
+        """Tokens that `eval_batches` can predict: every token but the first (bos) of each document."""
         return sum(stream.index.tokens - stream.index.documents for stream in self.held_out)
 
     @property
@@ -94,6 +98,7 @@ class Dataset:
             "shuffle": self.config.shuffle,
             "seed": seed,
         }
+        rows = self._step_rows(rows, seed)
         return TrainLoader(rows, sharding, batch_size=batch_size, length=self.length, identity=identity)
 
     def rows_an_epoch(self, seed: int = 0) -> int:
@@ -105,14 +110,19 @@ class Dataset:
         pad_id = self.tokenizer.pad_id or 0
         return Rows(stream, packing, length=self.length, pad_id=pad_id, seed=seed, shuffle=self.config.shuffle)
 
-    def eval_batches(self, sharding: NamedSharding, *, batch_size: int) -> Iterator[Batch]:
-        """The held-out split once, each of its tokens predicted once; the last batch filled up with padding rows.
+    def _step_rows(self, rows: grain.MapDataset[Batch], seed: int) -> StepRows:
+        make = functools.partial(self.kind.make_row, vocabulary=Vocabulary.of(self.tokenizer), config=self.config)
+        return StepRows(rows, make, seed=seed)
 
-        Nothing without a held-out split. The order is mixed and fixed: the first batches are a fair sample.
+    def eval_batches(self, sharding: NamedSharding, *, batch_size: int) -> Iterator[Any]:
+        """The held-out split once, each of its tokens predicted at most once (by a `PACKED` batch: once).
+
+        The last batch is filled up with padding rows. Nothing without a held-out split. Order and rows are mixed and
+        fixed for good: the same in every evaluation of every run, and the first batches are a fair sample.
         """
         if not self.held_out:
             return iter(())
-        rows = self._eval_rows(batch_size)
+        rows = self._step_rows(self._eval_rows(batch_size), HELD_OUT_SEED)
         batches = len(rows) // batch_size
         return DeviceBatches(rows, sharding, batch_size=batch_size, length=self.length, batches=batches)
 
@@ -136,7 +146,7 @@ class Dataset:
             return [*lines, "held out: nothing"]
         share = self.held_out_characters / (characters + self.held_out_characters)
         lines.append(
-            f"held out: {self.held_out_documents:,} documents, {self.held_out_tokens:,} tokens to predict, "
+            f"held out: {self.held_out_documents:,} documents, {self.held_out_tokens:,} tokens, "
             f"{self.held_out_characters:,} characters, {self.held_out_bytes:,} bytes ({share:.1%} of the text)"
         )
         if share > 0.5:
@@ -144,7 +154,14 @@ class Dataset:
         return lines
 
 
-def prepare(config: DataConfig, *, length: int, progress: bool = True, num_threads: int | None = None) -> Dataset:
+def prepare(
+    config: DataConfig,
+    *,
+    length: int,
+    kind: BatchKind = PACKED,
+    progress: bool = True,
+    num_threads: int | None = None,
+) -> Dataset:
     """Opens the data of `config`; trains the tokenizer and tokenises the text where the cache does not hold it yet.
 
     With several processes the first does the work and the others find it in the cache, or do it on their own disk.
@@ -152,6 +169,7 @@ def prepare(config: DataConfig, *, length: int, progress: bool = True, num_threa
     Args:
       config: the group `config.data`.
       length: tokens a row (`config.length`, or the model's where that is 0).
+      kind: of the batches; what the train step takes.
       progress: whether to draw progress bars on stderr.
       num_threads: for tokenising; default one a core.
 
@@ -170,7 +188,9 @@ def prepare(config: DataConfig, *, length: int, progress: bool = True, num_threa
     threads = num_threads or -1
 
     def make() -> Dataset:
-        tokenizer = _tokenizer(config, components, held_out, cache, bar)
+        tokenizer = _tokenizer(config, components, held_out, kind.special_tokens, cache, bar)
+        # One row, so that what the tokenizer lacks is told before it is used.
+        kind.make_row(empty_row(length, 0), row_random(0, 0), Vocabulary.of(tokenizer), config)
         folders = [_tokens(c.source, held_out, tokenizer, cache, bar, threads) for c in components]
         train = [folder / "train" for folder in folders if (folder / "train").exists()]
         if len(train) < len(folders):
@@ -182,7 +202,7 @@ def prepare(config: DataConfig, *, length: int, progress: bool = True, num_threa
         if held_out.kind != "none" and not test:
             raise UserError(f"config.data.held_out={config.held_out!r} holds out nothing: there is too little text.")
         weights = tuple(component.weight for component in components)
-        return Dataset(config, tokenizer, length, _open(train), weights, _open(test))
+        return Dataset(config, tokenizer, length, _open(train), weights, _open(test), kind)
 
     return _first_process_first(make)
 
@@ -215,7 +235,12 @@ def _refuse_held_out_in_training(held_out: HeldOut, components: Sequence[Compone
 
 
 def _tokenizer(
-    config: DataConfig, components: Sequence[Component], held_out: HeldOut, cache: Path, bar: "Bar"
+    config: DataConfig,
+    components: Sequence[Component],
+    held_out: HeldOut,
+    specials: Sequence[str],
+    cache: Path,
+    bar: "Bar",
 ) -> Tokenizer:
     """Loads `config.tokenizer`, or trains it on the training part, each component in proportion to its weight."""
     spec = parse_tokenizer(config.tokenizer)
@@ -224,7 +249,7 @@ def _tokenizer(
     kind, vocab_size = spec
     identity = [[c.source.identity(), c.weight] for c in components]
     split = [held_out.kind, held_out.fraction, held_out.marker]
-    key = shards.cache_key("tokenizer", identity, split, kind, vocab_size, version("sentencepiece"))
+    key = shards.cache_key("tokenizer", identity, split, kind, vocab_size, version("sentencepiece"), *specials)
 
     def train(folder: Path) -> None:
         whole = sum(component.weight for component in components)
@@ -238,7 +263,7 @@ def _tokenizer(
             ]
             if not passages:
                 raise _nothing_to_train_on(config)
-            train_tokenizer(passages, kind=kind, vocab_size=vocab_size).save(folder)
+            train_tokenizer(passages, kind=kind, vocab_size=vocab_size, specials=specials).save(folder)
 
     return load_tokenizer(shards.cached(cache, f"tokenizer-{key}", train))
 

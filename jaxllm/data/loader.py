@@ -9,7 +9,7 @@ import functools
 import hashlib
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Int
 
-from jaxllm.data.batch import Batch
+from jaxllm.data.batch import Batch, row_random
 from jaxllm.data.packing import Packing, empty_row, fill_row
 from jaxllm.data.shards import TokenStream
 from jaxllm.errors import UserError
@@ -83,14 +83,35 @@ class EvaluationRows(grain.MapDataset[Batch]):
         return fill_row(stream.read, packing.spans(row, 0), self._length, self._pad_id)
 
 
-class LocalBatches(grain.MapDataset[Batch]):
-    """Of each global batch the rows in `local` (increasing row numbers in the batch), NumPy, stacked in that order.
+class StepRows(grain.MapDataset[Any]):
+    """Rows as a train step takes them: row i is `make(rows[i], its random numbers)`, a function of (seed, i) alone.
 
-    Batch i is rows first + i * batch_size and on of `rows`.
+    Beyond the first epoch i goes on, so that a row is made otherwise each time.
     """
 
     def __init__(
-        self, rows: grain.MapDataset[Batch], batch_size: int, local: Sequence[int], *, first: int = 0, batches: int
+        self, rows: grain.MapDataset[Batch], make: Callable[[Batch, np.random.RandomState], Any], *, seed: int
+    ):
+        super().__init__()
+        self._rows, self._make, self._seed = rows, make, seed
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        return self._make(self._rows[index], row_random(self._seed, index))
+
+
+class LocalBatches(grain.MapDataset[Any]):
+    """Of each global batch the rows in `local` (increasing row numbers in the batch), NumPy, stacked in that order.
+
+    Batch i is rows first + i * batch_size and on of `rows`; a row is any tree of arrays [length].
+    """
+
+    def __init__(
+        self, rows: grain.MapDataset[Any], batch_size: int, local: Sequence[int], *, first: int = 0, batches: int
     ):
         super().__init__()
         self._rows, self._batch_size, self._local = rows, batch_size, local
@@ -103,7 +124,7 @@ class LocalBatches(grain.MapDataset[Batch]):
         if isinstance(index, slice):
             return self.slice(index)
         start = self._first + index * self._batch_size
-        return Batch(*map(np.stack, zip(*(self._rows[start + row] for row in self._local), strict=True)))
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *(self._rows[start + row] for row in self._local))
 
 
 def local_rows(sharding: NamedSharding, shape: tuple[int, int]) -> Int[np.ndarray, " rows"]:
@@ -134,12 +155,12 @@ def _does_not_divide(sharding: NamedSharding, shape: tuple[int, int]) -> Excepti
     return ValueError(f"{shape} does not fit {sharding}")
 
 
-class DeviceBatches(Iterator[Batch]):
+class DeviceBatches(Iterator[Any]):
     """Global batches of `rows` from row `first` on, read by threads and copied to the devices ahead of their use."""
 
     def __init__(
         self,
-        rows: grain.MapDataset[Batch],
+        rows: grain.MapDataset[Any],
         sharding: NamedSharding,
         *,
         batch_size: int,
@@ -157,17 +178,17 @@ class DeviceBatches(Iterator[Batch]):
         # Also at exit, and the reference goes with it: grain's own destructor fails once modules are torn down.
         self.close = weakref.finalize(self, _stop, self._reading)
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:
         if not self._reading:
             raise StopIteration
         return next(self._reading[0])
 
 
-def _stop(reading: list[grain.DatasetIterator[Batch]]) -> None:
+def _stop(reading: list[grain.DatasetIterator[Any]]) -> None:
     reading.pop().close()
 
 
-def _to_devices(sharding: NamedSharding, shape: tuple[int, int], local: Int[np.ndarray, " rows"], host: Batch) -> Batch:
+def _to_devices(sharding: NamedSharding, shape: tuple[int, int], local: Int[np.ndarray, " rows"], host: Any) -> Any:
     """Global arrays of `shape` out of the rows `local` of them, which are the rows of `host`."""
 
     def part(leaf: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
@@ -175,7 +196,8 @@ def _to_devices(sharding: NamedSharding, shape: tuple[int, int], local: Int[np.n
         first = int(np.searchsorted(local, start))
         return leaf[first : first + stop - start, index[1]]
 
-    return Batch(*(jax.make_array_from_callback(shape, sharding, functools.partial(part, leaf)) for leaf in host))
+    place = lambda leaf: jax.make_array_from_callback(shape, sharding, functools.partial(part, leaf))  # noqa: E731
+    return jax.tree.map(place, host)
 
 
 class TrainLoader:
@@ -186,7 +208,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        rows: grain.MapDataset[Batch],
+        rows: grain.MapDataset[Any],
         sharding: NamedSharding,
         *,
         batch_size: int,
@@ -200,10 +222,10 @@ class TrainLoader:
         self._batches: DeviceBatches | None = None
         local_rows(sharding, (batch_size, length))  # say now what does not divide
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:
         if self._batches is None:
             self._batches = DeviceBatches(
                 self._rows, self._sharding, batch_size=self._batch_size, length=self._length, first=self._position

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import UserError
 from jaxllm.generate.decode import Decoder
-from jaxllm.generate.run import Run
+from jaxllm.generate.run import Run, refuse_bidirectional
 from jaxllm.generate.sampling import Sampling
 from jaxllm.generate.stream import RowText
 
@@ -26,6 +26,8 @@ class Engine:
     """A trained model, ready to write: `Engine(open_run(workdir))`."""
 
     def __init__(self, run: Run):
+        """Raises a UserError where the model sees what comes next, and so cannot say it."""
+        refuse_bidirectional(run, "does not continue a text")
         self.tokenizer: Tokenizer = run.tokenizer
         self.max_length = run.spec.config.max_length
         self._decoder = Decoder(run.spec, run.weights, run.layout, run.tokenizer.vocab_size)

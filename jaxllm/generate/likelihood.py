@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.errors import UserError
 from jaxllm.generate.decode import pad_left, power_of_two, round_up
-from jaxllm.generate.run import Run
+from jaxllm.generate.run import Run, refuse_bidirectional
 from jaxllm.layout.layout import Layout, constrain, pin, use_layout
 from jaxllm.layout.vocabulary import LOGITS_BYTES
 from jaxllm.model.head import Head
@@ -49,8 +49,7 @@ class Scorer:
         """
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be 1 or more.")
-        if not run.spec.config.causal:
-            raise UserError("config.model.causal=False: a model that sees what comes next gives texts no probability.")
+        refuse_bidirectional(run, "gives texts no probability")
         self.tokenizer, self.max_length = run.tokenizer, run.spec.config.max_length
         self.special, self._run, self._batch_size = special, run, batch_size
         num_tokens = run.tokenizer.vocab_size

@@ -35,6 +35,12 @@ class Run(NamedTuple):
     step: int  # of the checkpoint
 
 
+def refuse_bidirectional(run: Run, what: str) -> None:
+    """Raises a UserError that says `what` a model does not do whose tokens see those after them."""
+    if not run.spec.config.causal:
+        raise UserError(f"config.model.causal=False: a model that sees what comes next {what}.")
+
+
 def read_run_config(workdir: str | Path) -> Config:
     """The config that the run in `workdir` was started with.
 

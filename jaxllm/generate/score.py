@@ -13,7 +13,7 @@ from jaxllm.data.packing import EvaluationWindows, Span, empty_row, fill_row
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import UserError
 from jaxllm.generate.decode import round_up
-from jaxllm.generate.run import Run
+from jaxllm.generate.run import Run, refuse_bidirectional
 from jaxllm.layout.layout import use_layout
 from jaxllm.steps import pretrain
 
@@ -76,8 +76,9 @@ def score_each(
       batch_size: windows at once, over all devices; rounded up to what the mesh divides.
 
     Raises:
-      UserError: no text in one of the groups, or a window or overlap out of range.
+      UserError: no text in one of the groups, a window or overlap out of range, or a model that sees what comes next.
     """
+    refuse_bidirectional(run, "gives texts no probability. Its masked loss is eval_loss in metrics.jsonl")
     length = length or run.config.data.length or run.spec.config.max_length
     if not 2 <= length <= run.spec.config.max_length:
         raise UserError(f"length={length} must be from 2 to the model's context, {run.spec.config.max_length}.")

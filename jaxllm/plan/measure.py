@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxllm.data.batch import Batch
+from jaxllm.data.batch import Batch, Vocabulary, row_random
 from jaxllm.errors import UserError
 from jaxllm.layout.compile_check import compile_checked
 from jaxllm.layout.layout import Layout, make_layout
@@ -69,7 +69,7 @@ def measure(config: Config, num_devices: int, steps: int = 3) -> Measurement:
     seconds = (time.perf_counter() - timed) / steps
     memory = step.memory_analysis()
     return Measurement(
-        tokens_per_second=batch.tokens.size / seconds,
+        tokens_per_second=jax.tree.leaves(batch)[0].size / seconds,
         compile_seconds=compiled - started,
         compiled_bytes=memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         peak_bytes=(devices[0].memory_stats() or {}).get("peak_bytes_in_use"),
@@ -81,12 +81,20 @@ def _warn(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def synthetic_batch(config: Config, layout: Layout) -> Batch:
-    """Random tokens of the size of a step's batch, one document a row."""
-    shape = (config.data.batch_size, config.data.length or config.model.max_length)
-    tokens = np.random.default_rng(config.seed).integers(0, config.model.vocab_size, shape).astype(np.int32)
-    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-    return jax.device_put(Batch(tokens, positions, np.ones(shape, np.int32), positions > 0), layout.sharding("batch"))
+def synthetic_batch(config: Config, layout: Layout) -> Any:
+    """The step's batch of random tokens, one document a row."""
+    length, kind = config.data.length or config.model.max_length, STEPS[config.train_step].batch
+    vocabulary = Vocabulary(config.model.vocab_size, mask_id=0)
+    positions = np.arange(length, dtype=np.int32)
+
+    def row(number: int) -> Any:
+        random = row_random(config.seed, number)
+        tokens = random.randint(vocabulary.size, size=length, dtype=np.int32)
+        text = Batch(tokens, positions, np.ones(length, np.int32), positions > 0)
+        return kind.make_row(text, random, vocabulary, config.data)
+
+    rows = map(row, range(config.data.batch_size))
+    return jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *rows), layout.sharding("batch"))
 
 
 def measure_all(

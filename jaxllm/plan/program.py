@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxllm.data.batch import Batch
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.data.tokenizer_training import parse_tokenizer
 from jaxllm.errors import UserError
@@ -26,7 +25,7 @@ class _Fields(NamedTuple):
     spec: ModelSpec
     layout: Layout
     state: TrainState  # jax.ShapeDtypeStruct with shardings
-    batch: Batch
+    batch: Any  # of those, too
 
 
 class Program(_Fields):
@@ -43,7 +42,7 @@ class Program(_Fields):
     @property
     def activations(self) -> dict[str, Tensor]:
         """The main activations of one microbatch, whole, by name."""
-        batch, length = self.batch.tokens.shape
+        batch, length = jax.tree.leaves(self.batch)[0].shape
         model, rows = self.config.model, batch // self.layout.num_microbatches
         sizes = {
             "batch": rows,

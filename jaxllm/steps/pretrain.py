@@ -1,6 +1,6 @@
 """Pretraining: every token from the tokens before it in its document."""
 
-from jaxllm.data.batch import BATCH_AXES, Batch
+from jaxllm.data.batch import PACKED, Batch
 from jaxllm.model.dropout import DropoutKey
 from jaxllm.model.head import Loss
 from jaxllm.model.transformer import Transformer
@@ -13,4 +13,4 @@ def loss(model: Transformer, batch: Batch, *, dropout: DropoutKey | None) -> Los
     return model.head.next_token_loss(hidden, batch.tokens, batch.loss_mask).plus(sums)
 
 
-step = TrainStep(loss, axes=BATCH_AXES)
+step = TrainStep(loss, batch=PACKED, predicts_every_token=True)

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from flax import nnx
 
+from jaxllm.data.batch import BatchKind
 from jaxllm.model.dropout import DropoutKey
 from jaxllm.model.head import Loss
 from jaxllm.model.transformer import Transformer
@@ -19,8 +20,10 @@ class LossFunction(Protocol):
 
 @dataclass(frozen=True)
 class TrainStep:
-    """A loss and what it trains."""
+    """A loss, what it takes and what it trains."""
 
     loss: LossFunction
-    axes: Any  # the logical axes of each leaf of its batch
+    batch: BatchKind
+    causal: bool = True  # whether the model must see only what comes before a token
+    predicts_every_token: bool = False  # then the held-out loss is what the text costs, also in bits a character
     trains: Callable[..., bool] | type[nnx.Variable] = nnx.Param  # an nnx filter

@@ -17,6 +17,7 @@ from jaxllm.layout.stages import make_stages
 from jaxllm.model.attention_backends import choose_backend
 from jaxllm.model.rope import ROPE_SCALINGS
 from jaxllm.model.spec import ACTIVATIONS, model_spec
+from jaxllm.steps import STEPS
 from jaxllm.train.config import Config
 from jaxllm.train.optimizer import check_optimizer, make_schedule
 
@@ -84,6 +85,7 @@ _ABOVE_ZERO = (
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "model.dropout": (lambda x: 0 <= x < 1, "from 0 up to, not including, 1"),
     "model.attention_dropout": (lambda x: 0 <= x < 1, "from 0 up to, not including, 1"),
+    "data.mask_fraction": (lambda x: 0 < x < 1, "between 0 and 1"),
     "layout.zero_stage": (lambda x: x in (0, 1, 2, 3), "0, 1, 2 or 3"),
 }
 
@@ -95,6 +97,7 @@ def check(config: Config, num_devices: int) -> None:
       UserError: the first mistake found: the value, the rule and the nearest way out.
     """
     check_for_use(config, num_devices)
+    _check_step(config)
     check_optimizer(config.optimizer)
     make_schedule(config.optimizer, config.train.steps)
     layout = config.layout
@@ -232,6 +235,18 @@ def _check_own_rules(config: Config, rules: Rules, shape: dict[str, int], *, eve
     own = [logical for logical in own_rows(name) if logical not in over]
     for source, rows in {"config.layout.rule_overrides": over, f"config.layout.rules={name}": own}.items():
         check_rules(layout, spec.axes, spec.shapes, rows if every_row_works else (), ACTIVATIONS, source)
+
+
+def _check_step(config: Config) -> None:
+    causal = config.model.causal
+    if STEPS[config.train_step].causal == causal:
+        return
+    fitting = " or ".join(name for name, step in STEPS.items() if step.causal == causal)
+    sees = "only what comes before it" if causal else "the tokens on both sides, also the one to predict"
+    raise UserError(
+        f"config.train_step={config.train_step} does not go with config.model.causal={causal}: a token sees {sees}. "
+        f"Use --config.train_step={fitting}, or --config.model.causal={not causal}."
+    )
 
 
 def _check_length(config: Config, rules: Rules, shape: dict[str, int]) -> None:

@@ -71,7 +71,8 @@ def train(
 
         # Data, model, layout, optimizer.
         length = config.data.length or config.model.max_length
-        data = prepare(data_config(config, stored, workdir), length=length, progress=not quiet)
+        kind = STEPS[config.train_step].batch
+        data = prepare(data_config(config, stored, workdir), length=length, kind=kind, progress=not quiet)
         spec = model_spec(config.model.resolved(data.tokenizer.vocab_size))
         if spec.config.vocab_size < data.tokenizer.vocab_size:
             raise UserError(
@@ -194,7 +195,7 @@ def evaluate(
     config: Config,
     layout: Layout,
 ) -> dict[str, float]:
-    """eval_loss (nats a token of the held-out split) and eval_bits_per_char.
+    """eval_loss (nats a token of the held-out split) and, where every token is predicted, eval_bits_per_char.
 
     Batches have the size of a microbatch, so that an evaluation never needs more memory than training (a pipeline takes
     whole ones, and splits them); a limit of `eval_batches` counts whole ones, so that it covers the same rows whatever
@@ -213,6 +214,8 @@ def evaluate(
     for total, count in jax.device_get(waiting):
         nats, weight = nats + np.float64(total), weight + np.float64(count)
     loss = float(nats / weight)
+    if not STEPS[config.train_step].predicts_every_token:
+        return {"eval_loss": loss}
     return {"eval_loss": loss, "eval_bits_per_char": data.bits_per_character(loss)}
 
 

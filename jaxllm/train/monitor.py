@@ -1,5 +1,6 @@
 """Reads the metrics of finished steps, counts what went wrong, and writes what is to be logged."""
 
+import functools
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxllm.data.batch import Batch
 from jaxllm.model.spec import ModelSpec
 from jaxllm.train.flops import flops_per_token, peak_flops
 from jaxllm.train.metrics import MetricsWriter, ProgressReport, Stopwatch
@@ -95,12 +95,12 @@ class Monitor:
             self._writer.close()
 
 
-def hash_tokens(batch: Batch, before: int) -> int:
-    """A checksum over all token ids consumed by this process: that of the steps before, and this batch.
+def hash_tokens(batch: Any, before: int) -> int:
+    """A checksum over all that this process has consumed: that of the steps before, and this batch.
 
     With one process it covers the global batch and is the same under every layout.
     """
-    return zlib.crc32(_local(batch.segment_ids), zlib.crc32(_local(batch.tokens), before))
+    return functools.reduce(lambda so_far, leaf: zlib.crc32(_local(leaf), so_far), jax.tree.leaves(batch), before)
 
 
 def _local(leaf: jax.Array) -> Any:

@@ -1,6 +1,7 @@
 """The compiled step: loss and gradients, clipping, the guard against non-finite numbers, the update."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +10,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from jaxllm.data.batch import Batch
+from jaxllm.data.batch import Vocabulary, row_random
+from jaxllm.data.packing import empty_row
 from jaxllm.layout.layout import Layout, as_dtype, use_layout
 from jaxllm.layout.scope import tensor_scope
 from jaxllm.model.dropout import dropout_key
 from jaxllm.model.moe import router_metrics
 from jaxllm.model.spec import ModelSpec, model_spec
+from jaxllm.steps import STEPS
 from jaxllm.steps.step import TrainStep
 from jaxllm.train.config import Config
 from jaxllm.train.gradients import loss_and_gradients, summed_loss
@@ -85,13 +88,17 @@ def make_train_step(
     return _compiled(train_step, layout, abstract_state(spec, optimizer, layout, config.precision.compute))
 
 
-def abstract_batch(config: Config, layout: Layout) -> Batch:
-    """The batch of a step as `jax.ShapeDtypeStruct`s with the sharding that the loader gives it."""
-    shape = (config.data.batch_size, config.data.length or config.model.max_length)
-    int32, boolean = (
-        jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding("batch", None)) for dtype in (jnp.int32, jnp.bool)
-    )
-    return Batch(int32, int32, int32, boolean)
+def abstract_batch(config: Config, layout: Layout) -> Any:
+    """The batch of a step as `jax.ShapeDtypeStruct`s with the sharding that the loader gives it.
+
+    Its rows are whole also where the layout splits sequences: tokens are few bytes, and the model puts its part of them
+    in the order of the devices without communication.
+    """
+    length = config.data.length or config.model.max_length
+    no_text, any_vocabulary = empty_row(length, 0), Vocabulary(size=1, mask_id=0)
+    row = STEPS[config.train_step].batch.make_row(no_text, row_random(0, 0), any_vocabulary, config.data)
+    place = functools.partial(jax.ShapeDtypeStruct, sharding=layout.sharding("batch", None))
+    return jax.tree.map(lambda leaf: place((config.data.batch_size, *leaf.shape), leaf.dtype), row)
 
 
 def _compiled(train_step: Callable, layout: Layout, abstract: TrainState) -> Callable:

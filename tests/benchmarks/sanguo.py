@@ -24,6 +24,7 @@ from jaxllm.data.sources import open_source
 from tests.benchmarks.kneser_ney import KneserNey
 
 ROOT = Path(__file__).parents[2]
+CONFIG = "sanguo.py"
 ORDERS = (2, 3, 4, 5)
 DISCOUNT = 0.75
 JAXLLM = (sys.executable, "-c", "import sys; from jaxllm.cli.main import main; sys.exit(main())")
@@ -36,10 +37,17 @@ def read_split(path: str, marker: str) -> tuple[str, str]:
     return train, held_out
 
 
-def train(path: str, workdir: Path) -> tuple[float, float]:
-    """Runs the jaxllm command, its output on stderr; (minutes by the clock, CPU seconds)."""
+def train(config: str, path: str, workdir: Path, *flags: str) -> tuple[float, float]:
+    """Runs the jaxllm command with a file of configs/, its output on stderr; (minutes by the clock, CPU seconds)."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    flags = ["--config", str(ROOT / "configs/sanguo.py"), "--workdir", str(workdir), f"--config.data.path={path}"]
+    flags = (
+        "--config",
+        str(ROOT / "configs" / config),
+        "--workdir",
+        str(workdir),
+        f"--config.data.path={path}",
+        *flags,
+    )
     used, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     subprocess.run([*JAXLLM, "train", *flags], check=True, env=environment, stdout=sys.stderr)
     now = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -54,7 +62,7 @@ def final_evaluation(workdir: Path) -> dict[str, float] | None:
         return None
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     done = bool(lines) and lines[-1]["step"] == json.loads(config.read_text(encoding="utf-8"))["train"]["steps"]
-    return lines[-1] if done and "eval_bits_per_char" in lines[-1] else None
+    return lines[-1] if done and "eval_loss" in lines[-1] else None
 
 
 def machine() -> str:
@@ -78,7 +86,7 @@ def main() -> None:
 
     cost = "trained before"
     if final_evaluation(arguments.workdir) is None:
-        minutes, cpu = train(arguments.path, arguments.workdir)
+        minutes, cpu = train(CONFIG, arguments.path, arguments.workdir)
         cost = f"{minutes:.1f} minutes, {cpu:,.0f} CPU seconds"
     final = final_evaluation(arguments.workdir)
     assert final is not None, "the run ended without an evaluation at its last step"
@@ -94,7 +102,7 @@ def main() -> None:
             f"| interpolated Kneser-Ney {order}-gram, discount {DISCOUNT} | {bits:.3f} | "
             f"{time.monotonic() - start:.0f} s with scoring |"
         )
-    print(f"| configs/sanguo.py, {final['step']:,} steps | {final['eval_bits_per_char']:.3f} | {cost} |")
+    print(f"| configs/{CONFIG}, {final['step']:,} steps | {final['eval_bits_per_char']:.3f} | {cost} |")
 
 
 if __name__ == "__main__":

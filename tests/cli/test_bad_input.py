@@ -90,6 +90,12 @@ FIELDS = {
     "not a boolean": ("layout.scan_layers=perhaps", "must be true or false"),
     "unknown preset": ("model=gtp2", "--config.model=gtp2 is no preset. Did you mean 'gpt2'?"),
     "unknown train step": ("train_step=pretrian", "config.train_step='pretrian' is unknown. Did you mean 'pretrain'?"),
+    "a step that the model is not for": (
+        "train_step=mlm",
+        "config.train_step=mlm does not go with config.model.causal=True: a token sees only what comes before it. "
+        "Use --config.train_step=pretrain, or --config.model.causal=False.",
+    ),
+    "all tokens masked": ("data.mask_fraction=1.0", "config.data.mask_fraction=1.0 must be between 0 and 1."),
     "unknown optimizer": ("optimizer.name=adam", "config.optimizer.name='adam' is unknown. Did you mean 'adamw'?"),
     "unknown schedule": ("optimizer.schedule=cosin", "Did you mean 'cosine'?"),
     "unknown activation": ("model.activation=gleu", "Did you mean 'gelu'?"),

@@ -15,6 +15,8 @@ DEVICES = {
     "shakespeare.py": 1,
     "shakespeare.py:tfds": 1,
     "gpt2_small.py": 8,
+    "bert_base.py": 8,
+    "bert_wikitext.py": 1,
     "llama3_8b.py": 64,
     "moe_1t.py": 2048,
 }

@@ -53,6 +53,15 @@ def test_a_tensor(experiment, capsys):
     assert residual["bytes"] == 2 * 4 * 32 * 64  # bfloat16
 
 
+def test_a_step_with_a_batch_of_its_own(experiment, capsys):
+    """Masked language modelling: the collectives of the compiled step are explained, the same activations listed."""
+    mlm = ("--config.train_step=mlm", "--config.model.causal=false", "--config.mesh.data=8")
+    answer = explained(capsys, experiment, *mlm)
+    names = [row["tensor"] for row in answer["tensors"]]
+    assert names == [row["tensor"] for row in explained(capsys, experiment, "--tensor=*")["tensors"]]
+    assert any(row["mesh_axes"] == ["data"] for row in answer["collectives"])
+
+
 LAYOUTS = {
     "data": ("--config.mesh.data=8",),
     "tensor": ("--config.mesh.model=4", "--config.layout.sequence_parallel", "--config.layout.zero_stage=3"),

@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxllm.data.batch import Batch
+from jaxllm.data.batch import Batch, Vocabulary, row_random
+from jaxllm.data.config import DataConfig
 from jaxllm.layout.config import LayoutConfig, MeshConfig
 from jaxllm.layout.layout import Layout, make_layout
 from jaxllm.model.config import ModelConfig
@@ -109,8 +110,8 @@ def parts(model: ModelConfig):
     return spec, optimizer, make_schedule(FLOAT32.optimizer, 1000), first
 
 
-def make_batch(spec: ModelSpec, number: int, layout: Layout) -> Batch:
-    """Two documents a row and padding, loss masks of very uneven weight from row to row."""
+def packed_batch(spec: ModelSpec, number: int) -> Batch:
+    """Two documents a row and padding, loss masks of very uneven weight from row to row; on the host."""
     random = np.random.default_rng(number)
     tokens = random.integers(0, spec.config.vocab_size, (BATCH, LENGTH)).astype(np.int32)
     first = random.integers(2, LENGTH - 4, (BATCH, 1))
@@ -119,7 +120,16 @@ def make_batch(spec: ModelSpec, number: int, layout: Layout) -> Batch:
     positions = np.where(column < first, column, column - first).astype(np.int32)
     counted = random.random((BATCH, LENGTH)) < random.random((BATCH, 1)) ** 2
     counted &= (positions > 0) & (segments > 0)
-    return jax.device_put(Batch(tokens, positions, segments, counted), layout.sharding("batch", None))
+    return Batch(tokens, positions, segments, counted)
+
+
+def make_batch(spec: ModelSpec, number: int, layout: Layout, step: str = "pretrain") -> Any:
+    """The rows of `packed_batch` as a step takes them, on the devices."""
+    rows, vocabulary = packed_batch(spec, number), Vocabulary(spec.config.vocab_size, mask_id=4)
+    make_row, config = STEPS[step].batch.make_row, DataConfig(mask_fraction=0.5)
+    packed = map(Batch._make, zip(*rows, strict=True))
+    made = [make_row(row, row_random(number, i), vocabulary, config) for i, row in enumerate(packed)]
+    return jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *made), layout.sharding("batch", None))
 
 
 def lowered(model: ModelConfig, layout: Layout, config: Config = FLOAT32):
@@ -144,7 +154,7 @@ def run(model: ModelConfig, layout: Layout, steps: int = STEPS_TAKEN, compute: s
     return train(model, layout, steps, compute).numbers
 
 
-def train(model: ModelConfig, layout: Layout, steps: int, compute: str = "float32") -> Trained:
+def train(model: ModelConfig, layout: Layout, steps: int, compute: str = "float32", step: str = "pretrain") -> Trained:
     """Trains for a few steps, each on its own batch."""
     spec, optimizer, schedule, first = parts(model)
     config = dataclasses.replace(FLOAT32, precision=PrecisionConfig(compute=compute, gradients=layout.reduce_dtype))
@@ -152,10 +162,10 @@ def train(model: ModelConfig, layout: Layout, steps: int, compute: str = "float3
         first = first._replace(loss_scale=np.float32(FIRST_LOSS_SCALE))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(spec, optimizer, layout))
     state = jax.device_put(first, shardings)
-    step = make_train_step(STEPS["pretrain"], spec, optimizer, schedule, config, layout)
+    train_step = make_train_step(STEPS[step], spec, optimizer, schedule, config, layout)
     seen = []
     for number in range(steps):
-        state, metrics = step(state, make_batch(spec, number, layout))
+        state, metrics = train_step(state, make_batch(spec, number, layout, step))
         seen.append([float(metrics["loss"]), float(metrics["grad_norm"])])
     return Trained(np.array(seen), jax.device_get(state.params))
 

@@ -2,6 +2,7 @@
 
 GPT-2: Radford et al. 2019 (pre-LayerNorm, learned positions, tied head), GELU of Hendrycks & Gimpel 2016.
 Llama: Touvron et al. 2023 (RMSNorm, rotary embeddings of Su et al. 2021, SwiGLU of Shazeer 2020, no biases).
+BERT: Devlin et al. 2019 and the code they released (post-LayerNorm, both directions, a transform before the head).
 It shares no code with jaxllm: only the names of the parameter tree and the fields of the config.
 """
 
@@ -14,14 +15,14 @@ Tree = dict[str, Any]
 
 
 def hidden(params: Tree, config, tokens, positions, segments) -> np.ndarray:
-    """[batch, length, embed]: the activations after the last norm."""
+    """[batch, length, embed]: the activations after the last norm, and after the transform of a head that has one."""
     rows = [_row(params, config, *row) for row in zip(tokens, positions, segments, strict=True)]
     return np.stack(rows)
 
 
 def logits(params: Tree, config, activations: np.ndarray) -> np.ndarray:
     table = params["embedding"]["table"] if config.tied_head else params["output"]["table"]
-    return activations @ table.T
+    return activations @ table.T + (params["head_bias"]["bias"] if config.head_bias else 0)
 
 
 def loss(params: Tree, config, tokens, positions, segments, counted) -> float:
@@ -36,15 +37,37 @@ def loss(params: Tree, config, tokens, positions, segments, counted) -> float:
     return total
 
 
+def masked_loss(params: Tree, config, tokens, targets, positions, segments, counted) -> float:
+    """Nats, summed over the counted targets, each predicted where it stood."""
+    scores = logits(params, config, hidden(params, config, tokens, positions, segments))
+    places = zip(*np.nonzero(counted), strict=True)
+    return sum(np.log(np.exp(scores[place]).sum()) - scores[place][targets[place]] for place in places)
+
+
 def _row(params, config, tokens, positions, segments):
     x = params["embedding"]["table"][tokens]
     if config.positions == "learned":
         x = x + params["position_embedding"][positions]
+    if config.token_types:
+        x = x + params["type_embedding"][0]
+    if config.embedding_norm:
+        x = _norm(params["embedding_norm"], config, x)
     for number in range(config.num_layers):
         layer = _pick(params["layers"], number)
+        if config.norm_position == "post":
+            x = _norm(
+                layer["attention_norm"], config, x + _attention(layer["attention"], config, x, positions, segments)
+            )
+            x = _norm(layer["mlp_norm"], config, x + _mlp(layer["mlp"], config, x))
+            continue
         x = x + _attention(layer["attention"], config, _norm(layer["attention_norm"], config, x), positions, segments)
         x = x + _mlp(layer["mlp"], config, _norm(layer["mlp_norm"], config, x))
-    return _norm(params["final_norm"], config, x)
+    if config.norm_position == "pre":
+        x = _norm(params["final_norm"], config, x)
+    if config.head_transform:
+        x = ACTIVATIONS[config.activation](_linear(params["head_transform"]["dense"], x))
+        x = _norm(params["head_transform"]["norm"], config, x)
+    return x
 
 
 def _pick(tree, number):
@@ -73,7 +96,8 @@ def _attention(params, config, x, positions, segments):
         if config.positions == "rope":
             q, k = _rotate(q, positions, config.rope_theta), _rotate(k, positions, config.rope_theta)
         for t in range(len(x)):
-            seen = [s for s in range(t + 1) if segments[s] == segments[t]]
+            ahead = t + 1 if config.causal else len(x)
+            seen = [s for s in range(ahead) if segments[s] == segments[t]]
             scores = k[seen] @ q[t] / math.sqrt(config.head_dim)
             weights = np.exp(scores - scores.max())
             total[t] += (weights / weights.sum()) @ v[seen] @ params["out"]["kernel"][head]
