@@ -4,8 +4,8 @@
 
 Trains configs/bert_wikitext.py with the jaxllm command, unless WORKDIR holds a finished run, and prints the table;
 further flags (--config.GROUP.FIELD=VALUE) are those of jaxllm train. Both sides are asked for the same tokens at the
-same places: those of the run's own evaluation. The unigram, the frequencies of the tokens in the training part, is where
-a model stays that has learned nothing from the context.
+same places: those of the run's own evaluation. The unigram, the frequencies of the tokens in the training part, is
+where a model stays that has learned nothing from the context.
 """
 
 import argparse
