@@ -9,6 +9,8 @@ WORKDIR ?= runs/quickstart
 WORKERS ?= 2
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
+# What the tests hold jaxllm against: torch, transformers, lm_eval. Large, so quickstart does without.
+TESTED  := $(VENV)/.ready_to_test
 
 .PHONY: quickstart test lint clean
 
@@ -20,7 +22,7 @@ quickstart: $(READY)
 # The workers, and the runs that tests start, share what XLA compiles; the folder may be deleted at any time.
 test: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
-test: $(READY)
+test: $(TESTED)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 lint: $(READY)
@@ -36,4 +38,10 @@ $(READY): pyproject.toml
 	  { echo 'jaxllm needs Python 3.11 or newer; name one with: make PYTHON=python3.12'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+# torch first and alone: what depends on it would choose another one.
+$(TESTED): $(READY)
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable '.[test,hf,eval]'
 	@touch $@

@@ -1,6 +1,7 @@
 """Reads an experiment's config file and lays the command line's overrides over it."""
 
 import inspect
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,7 +68,10 @@ def merge(values: Mapping[str, Any]) -> ConfigDict:
 
 
 def override(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
-    """Sets the fields {"group.field": "text"} of `config`; {"model": "llama3_8b"} lays a preset first."""
+    """Sets the fields {"group.field": "text"} of `config`; {"model": "llama3_8b"} lays a preset first.
+
+    In place of a preset it may name a WORKDIR, for the model of that run.
+    """
     for name, text in sorted(overrides.items(), key=lambda item: item[0] != "model"):
         if name == "model":
             config.model.update(_preset(text))
@@ -84,10 +88,23 @@ def override(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
 def _preset(name: str) -> Mapping[str, Any]:
     from jaxllm.model import presets
 
+    if (file := Path(name) / "config.json").is_file():
+        return _model_of_run(name, file)
     known = dict(inspect.getmembers(presets, inspect.isfunction))
     if name not in known:
         raise UserError(f"--config.model={name} is no preset. {did_you_mean(name, known)}")
     return known[name]()
+
+
+def _model_of_run(name: str, file: Path) -> Mapping[str, Any]:
+    """The model of the run in the folder `name`."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["model"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"--config.model={name}: {file} is not that of a run. Import a Hugging Face directory first: "
+            f"jaxllm convert --from hf:{name} --to WORKDIR."
+        ) from None
 
 
 def _check_name(config: ConfigDict, name: str) -> None:

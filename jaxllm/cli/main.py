@@ -17,6 +17,7 @@ VERBS = {
     "chat": "talk with a model in the terminal",
     "evaluate": "loss and bits per character on files, accuracy on multiple choice",
     "lm_eval": "lm-evaluation-harness, with --model jaxllm --model_args workdir=DIR",
+    "convert": "a model from or to a Hugging Face directory",
     "layouts": "every layout of a model on N devices: legal, measured",
     "explain": "where each tensor lies under a layout, and what each collective is for",
 }

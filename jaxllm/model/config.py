@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -63,3 +64,41 @@ class ModelConfig:
             vocab_size=self.vocab_size or vocab_size,
             rope_original_length=self.rope_original_length or round(self.max_length / self.rope_factor),
         )
+
+
+# What no output depends on: noise, losses and how the experts' work is dealt out.
+_TRAINING_ONLY = (
+    "dropout",
+    "attention_dropout",
+    "z_loss",
+    "init_std",
+    "router_balance_loss",
+    "router_z_loss",
+    "expert_dispatch",
+    "capacity_factor",
+)
+_ROPE = {  # the fields that each kind of scaling reads
+    "none": (),
+    "linear": ("rope_factor",),
+    "dynamic": ("rope_factor", "rope_original_length"),
+    "yarn": ("rope_factor", "rope_original_length", "rope_beta_fast", "rope_beta_slow", "rope_attention_factor"),
+    "llama3": ("rope_factor", "rope_original_length", "rope_low_frequency_factor", "rope_high_frequency_factor"),
+}
+
+
+def outputs_depend_on(model: ModelConfig) -> dict[str, Any]:
+    """The fields of a resolved config that its outputs depend on, with their values."""
+    fields = {name: value for name, value in dataclasses.asdict(model).items() if name not in _TRAINING_ONLY}
+    rope = ("rope_theta", "rope_scaling", *_ROPE[model.rope_scaling]) if model.positions == "rope" else ()
+    unread = [name for name in fields if name.startswith("rope_") and name not in rope]
+    unread += ["max_length"] * (model.positions != "learned")
+    unread += ["qkv_bias"] * model.use_bias
+    unread += ["experts_per_token", "router_renormalize"] * (not model.num_experts)
+    return {name: value for name, value in fields.items() if name not in unread}
+
+
+def differing(first: ModelConfig, second: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    """field -> (value in the first, in the second), of the fields that make two resolved models compute differently."""
+    ours, theirs = dataclasses.asdict(first), dataclasses.asdict(second)
+    names = outputs_depend_on(first) | outputs_depend_on(second)
+    return {name: (ours[name], theirs[name]) for name in names if ours[name] != theirs[name]}

@@ -48,11 +48,21 @@ class Checkpoints:
       keep: how many of the newest to keep.
       keep_best: how many of those with the lowest eval_loss to keep besides.
       say: takes the messages about checkpoints that were skipped.
+      bytes_in_flight: how much Orbax encodes and writes at once: memory beside that of the state. It must be above a
+        device's part of every array.
     """
 
-    def __init__(self, directory: Path, keep: int = 2, keep_best: int = 1, say: Callable[[str], None] = print):
+    def __init__(
+        self,
+        directory: Path,
+        keep: int = 2,
+        keep_best: int = 1,
+        say: Callable[[str], None] = print,
+        bytes_in_flight: int = 96 * 10**9,
+    ):
         self.directory, self.keep, self.keep_best, self.say = Path(directory).absolute(), keep, keep_best, say
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(handler_registry=_handlers()))
+        handlers = ocp.CompositeCheckpointHandler(handler_registry=_handlers(bytes_in_flight))
+        self._orbax = ocp.AsyncCheckpointer(handlers)
         _hush_orbax()
         self._saving: int | None = None
         self._removal: threading.Thread | None = None
@@ -84,7 +94,7 @@ class Checkpoints:
         step = int(state.step)
         run = {
             "config": dict(config),
-            "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
+            "versions": _versions(),
             "metrics": dict(metrics),
             "parameter_hash": tree_hash(state.params),
             "state_hash": tree_hash(_rest(state)),
@@ -101,6 +111,18 @@ class Checkpoints:
                 ),
             )
         )
+
+    def save_params(self, params: Params, config: Mapping[str, Any]) -> None:
+        """Saves parameters that were not trained here as step 0, without a train state, and waits for it.
+
+        Raises:
+          UserError: the disk is full or not writable.
+        """
+        run = {"config": dict(config), "versions": _versions(), "metrics": {}, "parameter_hash": tree_hash(params)}
+        self._saving = 0
+        args = ocp.args.Composite(params=ocp.args.StandardSave(params), run=ocp.args.JsonSave(run))
+        self._guard(lambda: self._orbax.save(self.directory / "0", args=args))
+        self.wait()
 
     def wait(self) -> None:
         """Waits until the save under way is committed, then removes the checkpoints that are no longer kept.
@@ -266,10 +288,10 @@ class Checkpoints:
         _barrier("set_aside")
 
 
-def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+def _handlers(bytes_in_flight: int) -> ocp.handlers.CheckpointHandlerRegistry:
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for item in ("params", "state"):
-        arrays = ocp.StandardCheckpointHandler()
+        arrays = ocp.StandardCheckpointHandler(save_concurrent_gb=bytes_in_flight / 10**9)
         registry.add(item, ocp.args.StandardSave, arrays)
         registry.add(item, ocp.args.StandardRestore, arrays)
     for item in ("data", "run"):
@@ -277,6 +299,10 @@ def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
         registry.add(item, ocp.args.JsonSave, text)
         registry.add(item, ocp.args.JsonRestore, text)
     return registry
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in VERSIONED}
 
 
 def _rest(state: TrainState) -> dict[str, Any]:

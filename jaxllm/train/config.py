@@ -49,6 +49,7 @@ class TrainConfig:
     """The loop."""
 
     steps: int = 1_000
+    init_from: str = ""  # a WORKDIR whose newest parameters a fresh run starts from; "": random ones
     log_every: int = 10
     eval_every: int = 200  # 0: only at the end
     eval_batches: int = 0  # batches an evaluation; 0: the whole held-out split

@@ -22,13 +22,14 @@ from jaxllm.steps import STEPS
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.checks import check
 from jaxllm.train.config import Config, config_dict
+from jaxllm.train.initial import carry_origin, check_initial, refuse_parameters_alone, restore_initial
 from jaxllm.train.metrics import ProgressReport
 from jaxllm.train.monitor import Dispatched, Monitor, hash_tokens
 from jaxllm.train.optimizer import make_optimizer, make_schedule
 from jaxllm.train.preemption import PreemptionNotice
 from jaxllm.train.resume import differences, refuse_breaking
 from jaxllm.train.start import data_config, describe_run
-from jaxllm.train.state import abstract_state, init_state
+from jaxllm.train.state import abstract_state, init_state, init_state_from
 from jaxllm.train.step_trace import StepTrace
 from jaxllm.train.train_step import abstract_batch, make_eval_step, make_train_step
 
@@ -62,6 +63,7 @@ def train(
         checkpoints.clean_up()
         stored = checkpoints.newest_run()
         if stored is not None:
+            refuse_parameters_alone(stored, workdir)
             changed = differences(stored["config"], config)
             for name, (before, now) in changed.items():
                 report.say(f"changed since the checkpoint: config.{name} was {before!r}, is {now!r}")
@@ -77,6 +79,8 @@ def train(
                 f"config.model.vocab_size={spec.config.vocab_size} is below the {data.tokenizer.vocab_size} pieces "
                 f"of the tokenizer. Set it to 0 (as many as those) or to {data.tokenizer.vocab_size} or more."
             )
+        if config.train.init_from and stored is None:
+            check_initial(config, spec, data.tokenizer)
         layout = make_layout(
             config.mesh, config.layout, reduce_dtype=config.precision.gradients, devices=devices and list(devices)
         )
@@ -105,7 +109,10 @@ def train(
         # State: restored, or fresh from the seed.
         restored = checkpoints.restore(abstract)
         start, tokens_hash = 0, 0
-        if restored is None:
+        if restored is None and config.train.init_from:
+            params = restore_initial(config.train.init_from, abstract.params, report.say)
+            state = init_state_from(params, spec, optimizer, layout, config.precision.compute)
+        elif restored is None:
             state = init_state(spec, optimizer, layout, config.seed, config.precision.compute)
         else:
             state, start, tokens_hash = restored.state, restored.step, restored.data["tokens_hash"]
@@ -221,6 +228,7 @@ def _write_run(config: Config, data: Dataset, workdir: Path) -> None:
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         data.tokenizer.save(workdir / "tokenizer")  # also over what a run without a checkpoint left there
+        carry_origin(config.train.init_from, workdir)
         new = workdir / "config.json.new"
         new.write_text(json.dumps(config_dict(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         new.replace(workdir / "config.json")

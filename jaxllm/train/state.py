@@ -38,7 +38,11 @@ def new_state(
     spec: ModelSpec, optimizer: optax.GradientTransformation, seed: int, compute: str = "bfloat16"
 ) -> TrainState:
     """The state at step 0. Traceable; `init_state` runs it on the devices of a layout."""
-    params = spec.init(seed)
+    return state_of(spec.init(seed), optimizer, compute)
+
+
+def state_of(params: Params, optimizer: optax.GradientTransformation, compute: str = "bfloat16") -> TrainState:
+    """The state at step 0 of a run that starts from `params`. Traceable."""
     count = jnp.zeros((), jnp.int32)
     scale = jnp.float32(FIRST_LOSS_SCALE if compute == "float16" else 1)
     return TrainState(count, params, optimizer.init(params), count, scale, count)
@@ -76,6 +80,19 @@ def init_state(
     """The state at step 0, made on the devices where it stays; its values depend on the seed alone."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(spec, optimizer, layout, compute))
     return jax.jit(lambda: new_state(spec, optimizer, seed, compute), out_shardings=shardings)()
+
+
+def init_state_from(
+    params: Params,
+    spec: ModelSpec,
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    compute: str = "bfloat16",
+) -> TrainState:
+    """The state at step 0 around `params`, which lie where the state has them and are given up."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(spec, optimizer, layout, compute))
+    make = jax.jit(lambda params: state_of(params, optimizer, compute), out_shardings=shardings, donate_argnums=0)
+    return make(params)
 
 
 def bytes_per_device(abstract: Any) -> int:

@@ -53,7 +53,10 @@ def _hash_leaf(leaf: jax.Array, salt: UInt32[Array, ""]) -> UInt32[Array, "2"]:
         position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
     first = _mix(bits ^ _mix(position + salt))
     second = _mix(bits * jnp.uint32(0x9E3779B1) + _mix(position ^ ~salt))
-    return jnp.stack([first.sum(dtype=jnp.uint32), second.sum(dtype=jnp.uint32)])
+    # One reduction of both: of two, XLA on CPUs stores each term, twice the bytes of the leaf.
+    add = lambda sums, terms: (sums[0] + terms[0], sums[1] + terms[1])  # noqa: E731
+    zeros = (jnp.uint32(0), jnp.uint32(0))
+    return jnp.stack(jax.lax.reduce((first, second), zeros, add, tuple(range(leaf.ndim))))
 
 
 def _mix(word: UInt32[Array, "..."]) -> UInt32[Array, "..."]:

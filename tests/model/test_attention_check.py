@@ -79,6 +79,23 @@ def test_a_backend_that_ignores_segment_ids_is_refused(sabotaged, compute):
         check_backend(one_device(), MODEL, compute)
 
 
+@pytest.mark.parametrize(
+    ("words", "forgotten"),
+    [({"sliding_window": 4096}, {"window": 0}), ({"positions": "alibi"}, {"alibi_heads": 0})],
+    ids=["window", "alibi"],
+)
+def test_a_backend_that_ignores_the_pattern_is_refused(sabotaged, words, forgotten):
+    model = dataclasses.replace(MODEL, **words)
+    assert "attention: xla" in check_backend(one_device(), model, "float32")
+
+    def forgets(blocks, *rest):
+        return _flash(dataclasses.replace(blocks, pattern=dataclasses.replace(blocks.pattern, **forgotten)), *rest)
+
+    sabotaged(forgets)
+    with pytest.raises(UserError, match=r"backend 'xla' differs"):
+        check_backend(one_device(), model, "float32")
+
+
 def test_a_backend_with_another_gradient_is_refused(sabotaged):
     def no_gradient_of_keys(rate, query, key, value, segment_ids, rows):
         return _flash(rate, query, jax.lax.stop_gradient(key), value, segment_ids, rows)
