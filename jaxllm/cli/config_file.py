@@ -92,6 +92,11 @@ def _preset(name: str) -> Mapping[str, Any]:
         return _model_of_run(name, file)
     known = dict(inspect.getmembers(presets, inspect.isfunction))
     if name not in known:
+        if "/" in name or name.startswith("hf:"):
+            raise UserError(
+                f"--config.model={name}: there is no config.json of a run. A WORKDIR takes its model; one of Hugging "
+                "Face becomes a WORKDIR by jaxllm convert --from hf:DIR --to WORKDIR."
+            )
         raise UserError(f"--config.model={name} is no preset. {did_you_mean(name, known)}")
     return known[name]()
 

@@ -47,8 +47,13 @@ def read_run_config(workdir: str | Path, flag: str = "--workdir") -> Config:
     Raises:
       UserError: no such folder, or one that holds no run.
     """
-    workdir = Path(workdir)
+    given, workdir = str(workdir), Path(workdir)
     file = workdir / "config.json"
+    if given.startswith("hf:") or list(workdir.glob("*.safetensors*")):
+        raise UserError(
+            f"{flag} {given} is a Hugging Face directory. Import it first: jaxllm convert "
+            f"--from hf:{given.removeprefix('hf:')} --to WORKDIR."
+        )
     if not workdir.is_dir():
         raise UserError(f"{flag} {workdir}: no such folder. It is the one that `jaxllm train --workdir` wrote.")
     try:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer
+from jaxllm.data.tokenizer_training import parse_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.model.config import ModelConfig, differing
 from jaxllm.model.spec import ModelSpec
@@ -22,6 +23,16 @@ def refuse_parameters_alone(stored: Mapping[str, Any], workdir: Path) -> None:
         raise UserError(
             f"--workdir {workdir} holds imported parameters and no training run to go on with. "
             f"Give a new one, and start from these: --config.train.init_from={workdir}."
+        )
+
+
+def refuse_new_tokenizer(config: Config) -> None:
+    """A model keeps its tokenizer: said before another one is learned."""
+    theirs = Path(config.train.init_from) / "tokenizer"
+    if theirs.is_dir() and parse_tokenizer(config.data.tokenizer) is not None:
+        raise UserError(
+            f"config.data.tokenizer={config.data.tokenizer} would be trained anew, but the model of "
+            f"config.train.init_from={config.train.init_from} has its own. Use --config.data.tokenizer={theirs}"
         )
 
 
@@ -60,6 +71,8 @@ def check_initial(config: Config, spec: ModelSpec, tokenizer: Tokenizer) -> None
 def _check_original_length(source: Path, trained: ModelConfig, stretched: ModelConfig) -> None:
     """Positions are stretched from the context that the model was trained on: a derived one may be another."""
     lengths = dict.fromkeys((trained.max_length, trained.rope_original_length or trained.max_length))
+    if not differing(trained, stretched):
+        return
     if stretched.rope_original_length not in lengths:
         longest = round(trained.max_length * stretched.rope_factor)
         raise UserError(
@@ -67,6 +80,15 @@ def _check_original_length(source: Path, trained: ModelConfig, stretched: ModelC
             f"rope_factor), but the model of config.train.init_from={source} was trained on "
             f"{' or '.join(map(str, lengths))} tokens. For rope_factor={stretched.rope_factor:g} set "
             f"config.model.max_length={longest}, or say config.model.rope_original_length={trained.max_length}."
+        )
+    reach = round(stretched.rope_original_length * stretched.rope_factor)
+    if reach != stretched.max_length:
+        raise UserError(
+            f"config.model.max_length={stretched.max_length} is not rope_original_length="
+            f"{stretched.rope_original_length} x rope_factor={stretched.rope_factor:g}, which is {reach}. The model of "
+            f"config.train.init_from={source} reads {trained.max_length} tokens: to stretch those, set "
+            f"config.model.rope_original_length={trained.max_length} and "
+            f"config.model.rope_factor={stretched.max_length / trained.max_length:g}."
         )
 
 

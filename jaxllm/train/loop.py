@@ -22,7 +22,13 @@ from jaxllm.steps import STEPS
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.checks import check
 from jaxllm.train.config import Config, config_dict
-from jaxllm.train.initial import carry_origin, check_initial, refuse_parameters_alone, restore_initial
+from jaxllm.train.initial import (
+    carry_origin,
+    check_initial,
+    refuse_new_tokenizer,
+    refuse_parameters_alone,
+    restore_initial,
+)
 from jaxllm.train.metrics import ProgressReport
 from jaxllm.train.monitor import Dispatched, Monitor, hash_tokens
 from jaxllm.train.optimizer import make_optimizer, make_schedule
@@ -68,6 +74,9 @@ def train(
             for name, (before, now) in changed.items():
                 report.say(f"changed since the checkpoint: config.{name} was {before!r}, is {now!r}")
             refuse_breaking(changed, workdir)
+
+        if config.train.init_from and stored is None:
+            refuse_new_tokenizer(config)
 
         # Data, model, layout, optimizer.
         length = config.data.length or config.model.max_length

@@ -79,7 +79,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[jax.ty
     starts = [warmup, total_steps - decay][: len(after)]
     first = optax.linear_schedule(0.0, peak, warmup) if warmup else optax.constant_schedule(peak)
     joined = optax.join_schedules([first, *after], starts)
-    return lambda step: jnp.asarray(joined(step + 1), jnp.float32)
+    return lambda step: jnp.maximum(jnp.asarray(joined(step + 1), jnp.float32), 0)  # a cosine ends a rounding below 0
 
 
 def decay_table(config: OptimizerConfig, axes: Mapping[str, Any]) -> dict[str, bool]:

@@ -143,4 +143,4 @@ def test_padding_is_on_the_left():
 
 @pytest.mark.parametrize(("slots", "size"), [(1, 64), (65, 128), (1024, 1024), (1025, 2048), (2049, 3072)])
 def test_buckets(slots, size):
-    assert bucket(slots) == size
+    assert bucket(slots, 64) == size

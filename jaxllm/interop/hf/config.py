@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxllm.errors import UserError, did_you_mean
+from jaxllm.errors import UserError
 from jaxllm.interop.hf.families import FAMILIES
 from jaxllm.interop.hf.family import Family, Fields
 from jaxllm.model.config import ModelConfig, differing
@@ -68,8 +68,7 @@ def _family(file: Path, keys: Mapping[str, Any]) -> Family:
     if name is None:
         raise UserError(f"{file}: names no architecture: 'architectures' or a known 'model_type' must be there.")
     if name not in known:
-        hint = did_you_mean(str(name), [family.architecture for family in FAMILIES])
-        raise UserError(f"{file}: the architecture {name} is unknown here. {hint}")
+        raise UserError(f"{file}: the architecture {name} is unknown here. Known are {', '.join(sorted(known))}.")
     return known[name]
 
 

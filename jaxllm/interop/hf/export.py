@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxllm.data.tokenizer import load_tokenizer
-from jaxllm.data.tokenizer_files import GENERATION_FILE, TOKEN_IDS
+from jaxllm.data.tokenizer import Tokenizer, load_tokenizer
+from jaxllm.data.tokenizer_files import CONFIG_FILE, GENERATION_FILE, JSON_FILE, MODEL_FILE, TOKEN_IDS
 from jaxllm.errors import UserError
 from jaxllm.generate.run import at_rest
 from jaxllm.interop.hf.config import ReadConfig, read_json, write_model
@@ -151,6 +151,8 @@ def _copy_tokenizer(workdir: Path, folder: Path) -> dict[str, Any]:
     for name in [*TOKENIZER_FILES, GENERATION_FILE]:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    if (folder / MODEL_FILE).exists() and not any((folder / name).exists() for name in (JSON_FILE, CONFIG_FILE)):
+        write_json(folder / CONFIG_FILE, _sentencepiece_config(load_tokenizer(source)))
     if (workdir / ORIGIN / GENERATION_FILE).is_file():
         shutil.copyfile(workdir / ORIGIN / GENERATION_FILE, folder / GENERATION_FILE)
     if (folder / GENERATION_FILE).exists() or not source.is_dir():
@@ -159,6 +161,15 @@ def _copy_tokenizer(workdir: Path, folder: Path) -> dict[str, Any]:
     ids = dict(zip(TOKEN_IDS, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id), strict=True))
     write_json(folder / GENERATION_FILE, {key: value for key, value in ids.items() if value is not None})
     return ids
+
+
+def _sentencepiece_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """tokenizer_config.json for a sentencepiece model alone, which transformers would read by the model's family."""
+    names = {token: name for name, token in tokenizer.specials.items()}
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id, "mask": tokenizer.mask_id}
+    special = {f"{kind}_token": names[token] for kind, token in ids.items() if token in names}
+    rest = {"add_bos_token": tokenizer.bos_id is not None, "clean_up_tokenization_spaces": False}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", **special, **rest}
 
 
 def _verify(folder: Path, config: ReadConfig, spec: ModelSpec, params: Params, origin: Origin) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxllm.data.tokenizer_files import CARRIED, FILES, GENERATION_FILE, TOKEN_IDS
+from jaxllm.data.tokenizer_files import CARRIED, FILES, GENERATION_FILE, JSON_FILE, MODEL_FILE, TOKEN_IDS
 from jaxllm.errors import UserError
 from jaxllm.generate.run import at_rest
 from jaxllm.interop.hf.config import ReadConfig, read_model
@@ -64,7 +64,10 @@ def import_directory(folder: Path, workdir: Path, config: Config, say: Callable[
             tokenizer = dataclasses.replace(config.data, tokenizer=str(workdir / "tokenizer"))
             config = dataclasses.replace(config, data=tokenizer)
         else:
-            say(f"{folder} has no tokenizer: put one into {workdir / 'tokenizer'} before you use the model.")
+            say(
+                f"{folder} has no {JSON_FILE} and no {MODEL_FILE}: put a tokenizer into {workdir / 'tokenizer'} before "
+                "you use the model."
+            )
         params = load_params(directory, layout)
         in_flight = max(BYTES_IN_FLIGHT, 2 * largest_part(params))
         with Checkpoints(partial / "checkpoints", say=say, bytes_in_flight=in_flight) as checkpoints:
@@ -204,7 +207,7 @@ def _remarks(directory: Directory) -> list[str]:
 def _copy_tokenizer(folder: Path, to: Path, keys: Mapping[str, Any]) -> bool:
     """Copies the files of a tokenizer, and the special tokens that the model's own files name."""
     found = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if not found:
+    if not {JSON_FILE, MODEL_FILE}.intersection(found):
         return False
     to.mkdir(parents=True)
     for name in [*found, GENERATION_FILE]:

@@ -93,7 +93,7 @@ BROKEN = {
     "a list": (lambda f: (f / "config.json").write_text("[]"), "a JSON object is expected, not a list"),
     "unknown architecture": (
         change("architectures", ["LlamaForCausalML"]),
-        "LlamaForCausalML is unknown here. Did you mean 'LlamaForCausalLM'?",
+        "LlamaForCausalML is unknown here. Known are BertForMaskedLM, ",
     ),
     "no architecture": (lambda f: (f / "config.json").write_text("{}"), "names no architecture"),
     "a key is missing": (

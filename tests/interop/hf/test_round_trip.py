@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 import safetensors.torch
 
 from jaxllm.cli.main import main
+from jaxllm.data.tokenizer_training import train_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.generate.run import open_run, read_run_config
 from jaxllm.interop.hf.config import read_model, write_model
@@ -201,7 +203,7 @@ def test_init_from_refuses_another_model(tmp_path, tokenizer, capsys):
     changes = {
         "config.model.rope_theta: 10000.0 there, 5000.0 here": "--config.model.rope_theta=5000",
         "config.model.norm_epsilon: 1e-05 there, 0.1 here": "--config.model.norm_epsilon=0.1",
-        "another tokenizer": "--config.data.tokenizer=bpe:310",
+        "would be trained anew": "--config.data.tokenizer=bpe:310",
         "there is no checkpoint in it": f"--config.train.init_from={tmp_path}",
         "Import it first: jaxllm convert --from hf:": f"--config.train.init_from={tmp_path / 'first'}",
         "holds imported parameters": f"--workdir={run}",
@@ -305,6 +307,21 @@ def ours_on_disk(tmp_path, tokenizer) -> Path:
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         checkpoints.save(init_state(spec, optimizer, layout, seed=0), {}, config_dict(config), {})
     return workdir
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_transformers_reads_the_tokenizer_of_an_export_as_we_do(kind, ours_on_disk, tmp_path):
+    """By its class, not by that of the model's family, which for a GPT-2 loses half of the text."""
+    text = ["却说曹操引兵追赶，玄德大惊。the quick brown fox jumps over the lazy dog\n"] * 20
+    ours = train_tokenizer(text, kind=kind, vocab_size=300)
+    shutil.rmtree(ours_on_disk / "tokenizer")
+    ours.save(ours_on_disk / "tokenizer")
+    folder = to_directory(ours_on_disk, tmp_path / "hf")
+    (folder / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in ("the quick fox", "def main():\n    return 1\n", "héllo 却说  two  spaces", " lead", "a\n\nb\tc"):
+        assert theirs(text)["input_ids"] == [ours.bos_id, *ours.encode(text)], text
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
 
 
 def test_a_run_of_ours_becomes_a_directory(ours_on_disk, tmp_path):
