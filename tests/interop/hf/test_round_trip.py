@@ -312,8 +312,8 @@ def ours_on_disk(tmp_path, tokenizer) -> Path:
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_transformers_reads_the_tokenizer_of_an_export_as_we_do(kind, ours_on_disk, tmp_path):
     """By its class, not by that of the model's family, which for a GPT-2 loses half of the text."""
-    text = ["却说曹操引兵追赶，玄德大惊。the quick brown fox jumps over the lazy dog\n"] * 20
-    ours = train_tokenizer(text, kind=kind, vocab_size=300)
+    names = [*presets.__dict__, *transformers.AutoTokenizer.__dict__]  # words enough for either kind
+    ours = train_tokenizer([f"the quick fox: {' '.join(names)}\n却说曹操"] * 3, kind=kind, vocab_size=320)
     shutil.rmtree(ours_on_disk / "tokenizer")
     ours.save(ours_on_disk / "tokenizer")
     folder = to_directory(ours_on_disk, tmp_path / "hf")
