@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from jaxllm.data.batch import Batch
 
@@ -85,6 +85,41 @@ class BestFit:
         return [Span(int(self._start[i]), int(self._size[i])) for i in pieces]
 
 
+class Examples:
+    """Whole examples: several to a row where they fit (best-fit decreasing bin packing), or one to a row.
+
+    Of an example longer than a row the start is taken. The rows are the same in every epoch.
+    """
+
+    def __init__(
+        self,
+        document_starts: Starts,
+        length: int,
+        *,
+        taken: Int[np.ndarray, " taken"],
+        together: bool = True,
+        mixed: bool = False,
+    ):
+        """
+        Args:
+          taken: the numbers of the examples to take, the others are left out.
+          together: several to a row.
+          mixed: the rows in a mixed, fixed order, so that the first few are a fair sample.
+        """
+        self._start = np.asarray(document_starts)[taken]
+        self._size = np.minimum(np.diff(document_starts)[taken], length)
+        one_each = np.arange(len(taken)), np.arange(1, len(taken) + 1)
+        self._order, self._ends = best_fit_decreasing(self._size, length) if together else one_each
+        self.num_rows = len(self._ends)
+        self._rows = np.random.RandomState(0).permutation(self.num_rows) if mixed else np.arange(self.num_rows)
+        self.filled = float(self._size.sum()) / max(self.num_rows * length, 1)  # part of the slots that hold a token
+
+    def spans(self, row: int, rotation: int) -> list[Span]:
+        row = int(self._rows[row])
+        pieces = self._order[self._ends[row - 1] if row else 0 : self._ends[row]]
+        return [Span(int(self._start[i]), int(self._size[i])) for i in pieces]
+
+
 class EvaluationWindows:
     """Windows over held-out documents: every token is predicted exactly once, all but the first of its document.
 
@@ -154,9 +189,18 @@ def best_fit_decreasing(
 
 
 def fill_row(
-    read: Callable[[int, int], Int[np.ndarray, " n"]], spans: Sequence[Span], length: int, pad_id: int
+    read: Callable[[int, int], Int[np.ndarray, " n"]],
+    spans: Sequence[Span],
+    length: int,
+    pad_id: int,
+    is_supervised: Callable[[int, int], Bool[np.ndarray, " n"]] | None = None,
 ) -> Batch:
-    """The row of `spans`: a `Batch` without the batch axis. `read(start, length)` gives tokens of the stream."""
+    """The row of `spans`: a `Batch` without the batch axis.
+
+    Args:
+      read: `read(start, length)` gives tokens of the stream.
+      is_supervised: says which of those are learned; default all.
+    """
     row = empty_row(length, pad_id)
     at = 0
     for segment, span in enumerate(spans, start=1):
@@ -164,7 +208,8 @@ def fill_row(
         row.tokens[part] = read(span.start, span.length)
         row.positions[part] = np.arange(span.length)
         row.segment_ids[part] = segment
-        row.loss_mask[at + span.predict_from : at + span.length] = True
+        learned = True if is_supervised is None else is_supervised(span.start, span.length)[span.predict_from :]
+        row.loss_mask[at + span.predict_from : at + span.length] = learned
         at += span.length
     return row
 
@@ -179,4 +224,5 @@ def empty_row(length: int, pad_id: int) -> Batch:
     )
 
 
+EXAMPLE_PACKINGS = ("best_fit", "none")
 PACKINGS: dict[str, Callable[[Starts, int], Packing]] = {"concat": Concat, "best_fit": BestFit}

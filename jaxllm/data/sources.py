@@ -36,6 +36,8 @@ class Record(NamedTuple):
 class Source(Protocol):
     """Documents that can be read again and again."""
 
+    field: str  # of a record that holds the text
+
     def documents(self) -> Iterator[Document]: ...
 
     def records(self) -> Iterator[Record]: ...

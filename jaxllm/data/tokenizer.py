@@ -121,8 +121,9 @@ class Tokenizer(abc.ABC):
                 "this sentencepiece model changes the text, so that its tokens cannot be told from each other by "
                 f"characters. Use the tokenizer's {JSON_FILE}."
             )
-        end = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
-        start = end - [len(piece) for piece in pieces]
+        sizes = np.array([len(piece) for piece in pieces], np.int64)
+        end = np.cumsum(sizes)
+        start = end - sizes
         # The character that each byte belongs to; a byte 10xxxxxx goes on with the one before.
         character = np.cumsum((np.frombuffer(data, np.uint8) & 0xC0) != 0x80) - 1
         after = np.append(character, len(text))
