@@ -9,24 +9,20 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import grain
 import jax
 import numpy as np
-import rich.console
-import rich.progress
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from jaxllm.config import one_of
 from jaxllm.data import shards
 from jaxllm.data.batch import PACKED, Batch, BatchKind, Vocabulary, row_random
-from jaxllm.data.chat_template import BUILT_IN, named_template
+from jaxllm.data.chat_template import named_template
 from jaxllm.data.config import DataConfig
 from jaxllm.data.example_streams import (
     TRUNCATION,
@@ -39,11 +35,12 @@ from jaxllm.data.example_streams import (
 from jaxllm.data.examples import parse_fields
 from jaxllm.data.held_out import HeldOut, Piece, read_held_out, split_documents
 from jaxllm.data.loader import DeviceBatches, EvaluationRows, Rows, StepRows, TrainLoader
+from jaxllm.data.open_tokenizer import nothing_to_train_on, open_tokenizer
 from jaxllm.data.packing import EXAMPLE_PACKINGS, PACKINGS, EvaluationWindows, Examples, Packing, empty_row
+from jaxllm.data.progress import Bar, no_progress_bar, progress_bar
 from jaxllm.data.sources import Component, Source, kind_of, open_components, open_source
 from jaxllm.data.supervision import SUPERVISE, ExampleEncoder
-from jaxllm.data.tokenizer import Tokenizer, load_tokenizer
-from jaxllm.data.tokenizer_training import SAMPLE_BYTES, parse_tokenizer, sample_passages, train_tokenizer
+from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import UserError
 
 T = TypeVar("T")
@@ -98,9 +95,7 @@ class Dataset:
         Raises:
           UserError: a batch size or length that the mesh does not divide.
         """
-        parts = [
-            self._rows(stream, packing, seed) for stream, packing in zip(self.train, self._train_packings, strict=True)
-        ]
+        parts = [self._rows(stream, seed) for stream in self.train]
         rows = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, self.weights)
         digests = "".join(stream.index.digest for stream in self.train)
         identity = {
@@ -118,21 +113,23 @@ class Dataset:
 
     def rows_an_epoch(self, seed: int = 0) -> int:
         """Rows after which every token was read about once (in a mixture: those of all components)."""
-        return sum(packing.num_rows for packing in self._train_packings)
+        return sum(packing.num_rows for packing in self._packings.values())
 
     @functools.cached_property
-    def _train_packings(self) -> list[Packing]:
+    def _packings(self) -> dict[shards.TokenStream, Packing]:
+        """Of the streams that are trained on."""
         if self.kind.examples:
-            return [self._example_rows(stream) for stream in self.train]
-        return [PACKINGS[self.config.packing](stream.document_starts, self.length) for stream in self.train]
+            return {stream: self._example_rows(stream) for stream in self.train}
+        pack = PACKINGS[self.config.packing]
+        return {stream: pack(stream.document_starts, self.length) for stream in self.train}
 
     def _example_rows(self, stream: shards.TokenStream, mixed: bool = False) -> Examples:
         taken = taken_examples(stream, self.length, self.config.truncation).numbers
         together = self.config.packing != "none"
         return Examples(stream.document_starts, self.length, taken=taken, together=together, mixed=mixed)
 
-    def _rows(self, stream: shards.TokenStream, packing: Packing, seed: int) -> Rows:
-        pad_id = self.tokenizer.pad_id or 0
+    def _rows(self, stream: shards.TokenStream, seed: int) -> Rows:
+        packing, pad_id = self._packings[stream], self.tokenizer.pad_id or 0
         return Rows(stream, packing, length=self.length, pad_id=pad_id, seed=seed, shuffle=self.config.shuffle)
 
     def _step_rows(self, rows: grain.MapDataset[Batch], seed: int) -> StepRows:
@@ -243,18 +240,18 @@ def prepare(
         what = "examples" if kind.examples else "a mixture"
         raise UserError(f"config.data.held_out of {what} is a fraction or file:PATH, not a text to search for.")
     cache = shards.cache_folder(config.cache)
-    bar = _progress_bar if progress else _no_progress_bar
+    bar = progress_bar if progress else no_progress_bar
     threads = num_threads or -1
 
     def make() -> Dataset:
-        tokenizer = _with_template(_tokenizer(config, components, held_out, kind, cache, bar), config)
+        tokenizer = open_tokenizer(config, components, held_out, kind, cache, bar)
         # One row, so that what the tokenizer lacks is told before it is used.
         kind.make_row(empty_row(length, 0), row_random(0, 0), Vocabulary.of(tokenizer), config)
         write = functools.partial(_example_tokens, length=length) if kind.examples else _tokens
         folders = [write(c.source, held_out, tokenizer, config, cache, bar, threads) for c in components]
         train = [folder / "train" for folder in folders if (folder / "train").exists()]
         if len(train) < len(folders):
-            raise _nothing_to_train_on(config)
+            raise nothing_to_train_on(config)
         if held_out.kind == "file":
             source = open_source(kind_of(held_out.path), held_out.path, config.field)
             folders = [write(source, held_out, tokenizer, config, cache, bar, threads, all_held_out=True)]
@@ -309,87 +306,13 @@ def _refuse_held_out_in_training(held_out: HeldOut, components: Sequence[Compone
         )
 
 
-def _tokenizer(
-    config: DataConfig,
-    components: Sequence[Component],
-    held_out: HeldOut,
-    kind: BatchKind,
-    cache: Path,
-    bar: "Bar",
-) -> Tokenizer:
-    """Loads `config.tokenizer`, or trains it on the training part, each component in proportion to its weight.
-
-    One that is trained has the special tokens that its batches and a built-in chat template need.
-    """
-    spec = parse_tokenizer(config.tokenizer)
-    if spec is None:
-        return load_tokenizer(config.tokenizer)
-    algorithm, vocab_size = spec
-    specials = (*kind.special_tokens, *BUILT_IN.get(config.chat_template, ()))
-    identity = [[c.source.identity(), c.weight] for c in components]
-    split = [held_out.kind, held_out.fraction, held_out.marker]
-    examples = [config.fields] if kind.examples else []
-    key = shards.cache_key(
-        "tokenizer", identity, split, algorithm, vocab_size, version("sentencepiece"), *specials, *examples
-    )
-
-    def train(folder: Path) -> None:
-        whole = sum(component.weight for component in components)
-        with bar(f"learning {vocab_size:,} pieces") as report:
-            passages = [
-                passage
-                for component in components
-                for passage in sample_passages(
-                    _train_texts(component.source, held_out, config, kind, report),
-                    int(SAMPLE_BYTES * component.weight / whole),
-                )
-            ]
-            if not passages:
-                raise _nothing_to_train_on(config)
-            train_tokenizer(passages, kind=algorithm, vocab_size=vocab_size, specials=specials).save(folder)
-
-    return load_tokenizer(shards.cached(cache, f"tokenizer-{key}", train))
-
-
-def _nothing_to_train_on(config: DataConfig) -> UserError:
-    return UserError(f"config.data.held_out={config.held_out!r} leaves no text to train on.")
-
-
-def _train_texts(
-    source: Source, held_out: HeldOut, config: DataConfig, kind: BatchKind, report: Callable[[float], None]
-) -> Iterator[str]:
-    pieces = read_pieces(source, held_out, config.fields) if kind.examples else split_documents(source, held_out)
-    for piece in pieces:
-        if not piece.held_out:
-            yield from piece.example.texts if kind.examples else [piece.text]
-        report(piece.progress)
-
-
-def _with_template(tokenizer: Tokenizer, config: DataConfig) -> Tokenizer:
-    """The tokenizer with the chat template that `config` names, which goes along wherever the tokenizer does.
-
-    Raises:
-      UserError: a built-in template of which the tokenizer lacks special tokens.
-    """
-    source = named_template(config.chat_template)
-    if source is None:
-        return tokenizer
-    if missing := [name for name in BUILT_IN.get(config.chat_template, ()) if name not in tokenizer.specials]:
-        raise UserError(
-            f"config.data.chat_template={config.chat_template} writes {', '.join(missing)}, special tokens that the "
-            f"tokenizer of config.data.tokenizer={config.tokenizer} does not have. plain and zephyr do with any; or "
-            "set the template when the tokenizer is trained, at pretraining."
-        )
-    return tokenizer.with_template(source)
-
-
 def _tokens(
     source: Source,
     held_out: HeldOut,
     tokenizer: Tokenizer,
     config: DataConfig,
     cache: Path,
-    bar: "Bar",
+    bar: Bar,
     threads: int,
     all_held_out: bool = False,
 ) -> Path:
@@ -415,7 +338,7 @@ def _example_tokens(
     tokenizer: Tokenizer,
     config: DataConfig,
     cache: Path,
-    bar: "Bar",
+    bar: Bar,
     threads: int,
     all_held_out: bool = False,
     *,
@@ -456,19 +379,3 @@ def _first_process_first(make: Callable[[], T]) -> T:
         if failed.any():
             raise UserError(f"process {int(np.argmax(failed))} could not prepare the data; it says why.")
     return made
-
-
-Bar = Callable[[str], "contextmanager[Callable[[float], None]]"]
-
-
-@contextmanager
-def _progress_bar(what: str) -> Iterator[Callable[[float], None]]:
-    """A bar on stderr; the value it yields takes the part that is done, 0 to 1."""
-    with rich.progress.Progress(console=rich.console.Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=1.0)
-        yield lambda done: bar.update(task, completed=done)
-
-
-@contextmanager
-def _no_progress_bar(what: str) -> Iterator[Callable[[float], None]]:
-    yield lambda done: None

@@ -35,7 +35,7 @@ def test_evaluation_may_use_the_kernel_that_dropout_keeps_training_from(monkeypa
     """The backend is chosen for attention without dropout, as the check at the start of a run takes it."""
     rates = []
     monkeypatch.setattr(
-        attention_backends, "choose_backend", lambda *_, compute, dropout: rates.append(dropout) or "xla"
+        attention_backends, "choose_backend", lambda *_, compute, dropout, pattern: rates.append(dropout) or "xla"
     )
     evaluated()
     assert MODEL.attention_dropout > 0 and set(rates) == {0.0}
