@@ -1,7 +1,10 @@
 """A small BERT from scratch by masked language modelling, on a text file, with 2 CPU cores.
 
 jaxllm train --config configs/bert_wikitext.py --workdir runs/bert --config.data.path=wikitext2_valid.txt
-jaxllm generate --workdir runs/bert --prompt "It was first <mask> in the United States ."
+jaxllm generate --workdir runs/bert --prompt "He was born in <mask> 1962 ."
+
+6.1 minutes on 2 cores of an AMD EPYC that others used too; a masked token of the held-out part then costs 3.247 nats, and
+5.935 under the frequencies of the tokens (tests/benchmarks/bert.py).
 """
 
 from jaxllm.model import presets

@@ -11,7 +11,7 @@ EXAMPLES = """\
   jaxllm generate --workdir runs/shakespeare --prompt "To be, or" --max_new_tokens 100
   jaxllm generate --workdir runs/sanguo --prompt 却说曹操 --prompt 话说孔明 --temperature 0.8 --top_p 0.9
   jaxllm generate --workdir runs/sanguo --prompt_file prompts.txt --json > out.jsonl
-  jaxllm generate --workdir runs/bert --prompt "the river <mask> through the town"
+  jaxllm generate --workdir runs/bert --prompt "He was born in <mask> 1962 ."
 """
 
 
