@@ -34,9 +34,17 @@ def open_tokenizer(
       UserError: no such tokenizer, no text to learn one from, or one that lacks what the template writes.
     """
     spec = parse_tokenizer(config.tokenizer)
-    tokenizer = load_tokenizer(
-        config.tokenizer if spec is None else _trained(*spec, config, components, held_out, kind, cache, bar)
-    )
+    path = config.tokenizer if spec is None else _trained(*spec, config, components, held_out, kind, cache, bar)
+    return load_with_template(path, config)
+
+
+def load_with_template(path: str | Path, config: DataConfig) -> Tokenizer:
+    """The tokenizer at `path`, with the chat template of `config.chat_template` where that names one.
+
+    Raises:
+      UserError: no tokenizer there, no such template, or one that writes special tokens which the tokenizer lacks.
+    """
+    tokenizer = load_tokenizer(path)
     source = named_template(config.chat_template)
     if source is None:
         return tokenizer
