@@ -176,7 +176,12 @@ class HuggingFaceTokenizer(Tokenizer):
         return None
 
     def encode_with_extents(
-        self, texts: Sequence[str], *, special: bool = False, num_threads: int | None = None
+        self,
+        texts: Sequence[str],
+        cuts: Sequence[Sequence[int]],
+        *,
+        special: bool = False,
+        num_threads: int | None = None,
     ) -> list[Encoded]:
         model = self._templated if special else self._plain
         made = []
@@ -189,7 +194,9 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._bytes[token]
 
     def with_template(self, source: str) -> "HuggingFaceTokenizer":
-        return HuggingFaceTokenizer({**self._files, TEMPLATE_FILE: source.encode()}, self._file)
+        other = HuggingFaceTokenizer({**self._files, TEMPLATE_FILE: source.encode()}, self._file)
+        other.chat_template = ChatTemplate(source, other.chat_template.variables)  # not that of the folder
+        return other
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes all files of the tokenizer unchanged, chat template included."""

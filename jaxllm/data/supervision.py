@@ -3,8 +3,9 @@
 Characters come first, tokens after. Of a conversation, the characters are those in the {% generation %} blocks of the
 chat template; of a template without such blocks, for each turn of the assistant, what the template writes for the
 messages up to it and not for those before it. **A token is learned when any of its characters is**, as in transformers'
-`return_assistant_tokens_mask`: one that crosses the border of a prompt is learned whole. The first token of an example
-never is: there is nothing to predict it from.
+`return_assistant_tokens_mask`: one that crosses the border of a prompt is learned whole. (With a tokenizer trained here
+none does: prompt and answer are encoded apart, as they are when the model answers.) The first token of an example never
+is learned: there is nothing to predict it from.
 """
 
 from collections.abc import Sequence
@@ -70,8 +71,13 @@ class ExampleEncoder:
         made: list[EncodedExample | None] = [None] * len(marked)
         for kind in (Conversation, PlainText):  # a text forges no special token; a template writes its own
             chosen = [i for i, example in enumerate(examples) if isinstance(example, kind)]
-            texts = [marked[i].text for i in chosen]
-            encoded = self.tokenizer.encode_with_extents(texts, special=kind is Conversation, num_threads=num_threads)
+            texts, cuts = ([m.text for m in marked], [[start for start, _ in m.ranges] for m in marked])
+            encoded = self.tokenizer.encode_with_extents(
+                [texts[i] for i in chosen],
+                [cuts[i] for i in chosen],
+                special=kind is Conversation,
+                num_threads=num_threads,
+            )
             for i, (ids, starts, ends) in zip(chosen, encoded, strict=True):
                 ranges = [
                     (int(np.searchsorted(ends, a, side="right")), int(np.searchsorted(starts, b, side="left")))

@@ -8,6 +8,7 @@ import abc
 import codecs
 import functools
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -87,28 +88,46 @@ class Tokenizer(abc.ABC):
         return [token for i, part in enumerate(parts) for token in (next(ids) if i % 2 == 0 else [self.specials[part]])]
 
     def encode_with_extents(
-        self, texts: Sequence[str], *, special: bool = False, num_threads: int | None = None
+        self,
+        texts: Sequence[str],
+        cuts: Sequence[Sequence[int]],
+        *,
+        special: bool = False,
+        num_threads: int | None = None,
     ) -> list[Encoded]:
-        """The ids of `encode` for each text, with their characters.
+        """The ids of each text as `encode` gives them, with their characters.
+
+        Args:
+          cuts: of each text, characters in front of which a token should begin. sentencepiece models that put no space
+            in front of a text keep to it, so that what comes before has the tokens that it has alone; a tokenizer.json
+            does not: its ids are those of transformers.
 
         Raises:
           UserError: a tokenizer that changes the text and does not say how.
         """
-        parts = [self._special_pattern.split(text) if special and self.specials else [text] for text in texts]
-        ids = iter(self.encode_batch([part for row in parts for part in row[::2]], num_threads=num_threads))
-        return [self._with_extents(row, [next(ids) for _ in row[::2]]) for row in parts]
+        parts = [list(self._parts(text, special, at)) for text, at in zip(texts, cuts, strict=True)]
+        plain = [part for row in parts for part, is_special in row if not is_special]
+        ids = iter(self.encode_batch(plain, num_threads=num_threads))
+        return [self._with_extents(row, ids) for row in parts]
 
-    def _with_extents(self, parts: Sequence[str], ids: Sequence[list[int]]) -> Encoded:
-        """Of one text: `parts` are text and names of special tokens in turn, `ids` those of the text."""
-        tokens: list[int] = []
-        starts, ends, at = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
-        for i, part in enumerate(parts):
-            found = np.array([[0], [len(part)]]) if i % 2 else self._extents(part, ids[i // 2])
-            tokens += [self.specials[part]] if i % 2 else ids[i // 2]
-            starts.append(at + found[0])
-            ends.append(at + found[1])
+    def _parts(self, text: str, special: bool, cuts: Sequence[int]) -> Iterator[tuple[str, bool]]:
+        """(text to encode, False) and (name of a special token, True), in their order."""
+        at = 0
+        for i, part in enumerate(self._special_pattern.split(text) if special and self.specials else [text]):
+            inside = () if self.puts_space else [cut - at for cut in cuts if at < cut < at + len(part)]
+            bounds = [0, len(part)] if i % 2 else [0, *inside, len(part)]
+            yield from ((part[a:b], i % 2 == 1) for a, b in itertools.pairwise(bounds))
             at += len(part)
-        return Encoded(tokens, np.concatenate(starts), np.concatenate(ends))
+
+    def _with_extents(self, parts: Sequence[tuple[str, bool]], ids: Iterator[list[int]]) -> Encoded:
+        tokens: list[int] = []
+        extents, at = [np.zeros((2, 0), np.int64)], 0
+        for part, is_special in parts:
+            new = [self.specials[part]] if is_special else next(ids)
+            extents.append(at + (np.array([[0], [len(part)]]) if is_special else self._extents(part, new)))
+            tokens += new
+            at += len(part)
+        return Encoded(tokens, *np.concatenate(extents, axis=1))
 
     def _extents(self, text: str, ids: Sequence[int]) -> Int[np.ndarray, "2 tokens"]:
         """Where the characters of each token start and end in `text`, by the bytes that tokens stand for."""
