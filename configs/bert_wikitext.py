@@ -3,8 +3,8 @@
 jaxllm train --config configs/bert_wikitext.py --workdir runs/bert --config.data.path=wikitext2_valid.txt
 jaxllm generate --workdir runs/bert --prompt "He was born in <mask> 1962 ."
 
-6.1 minutes on 2 cores of an AMD EPYC that others used too; a masked token of the held-out part then costs 3.247 nats, and
-5.935 under the frequencies of the tokens (tests/benchmarks/bert.py).
+6.1 minutes on 2 cores of an AMD EPYC that others used too; a masked token of the held-out part then costs 3.247 nats,
+and 5.935 under the frequencies of the tokens (tests/benchmarks/bert.py).
 """
 
 from jaxllm.model import presets
