@@ -184,7 +184,7 @@ class Dataset:
         lines = []
         for name, streams in {"train": self.train, "held out": self.held_out}.items():
             taken = [taken_examples(stream, self.length, self.config.truncation) for stream in streams]
-            packings = [self._example_rows(stream) for stream in streams]
+            packings = [self._packings.get(stream) or self._example_rows(stream) for stream in streams]
             tokens = sum(stream.index.tokens for stream in streams)
             learned = sum(stream.index.supervised or 0 for stream in streams)
             rows = sum(packing.num_rows for packing in packings)

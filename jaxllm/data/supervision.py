@@ -89,7 +89,7 @@ class ExampleEncoder:
         return made  # type: ignore[return-value]
 
     def learns_to_stop(self) -> bool:
-        """Whether what the chat template has the assistant say ends in a token that ends an answer."""
+        """Whether a token that ends an answer is learned of what the chat template has the assistant say."""
         talk = Conversation([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
         if self.tokenizer.chat_template is None:
             return True  # texts alone, whose eos is learned
@@ -97,7 +97,8 @@ class ExampleEncoder:
             (encoded,) = self.encode([talk], ["the chat template"])
         except UserError:  # it is for conversations of another kind
             return True
-        return encoded.tokens[encoded.supervised[-1][1] - 1] in self.tokenizer.end_ids
+        learned = {token for start, end in encoded.supervised for token in encoded.tokens[start:end]}
+        return not learned.isdisjoint(self.tokenizer.end_ids)
 
     def _mark(self, example: Example, origin: str) -> _Marked:
         try:

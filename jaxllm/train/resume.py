@@ -28,8 +28,11 @@ HARMLESS = ("model.dropout", "model.attention_dropout", "model.neftune_alpha", "
 
 
 def differences(stored: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
-    """Field -> (value in the checkpoint, value now), of every field that differs."""
-    before, now = dict(_flat(stored)), dict(_flat(config_dict(config)))
+    """Field -> (value in the checkpoint, value now), of every field that differs.
+
+    A field that the checkpoint is too old to have had its default then.
+    """
+    before, now = dict(_flat(config_dict(Config()))) | dict(_flat(stored)), dict(_flat(config_dict(config)))
     return {name: (before.get(name), now.get(name)) for name in now | before if before.get(name) != now.get(name)}
 
 

@@ -223,4 +223,5 @@ def test_blocks_that_leave_out_the_end_are_told(both):
     source = CHATML.replace("{{ '<|im_end|>' }}\n    {% endgeneration %}", "{% endgeneration %}{{ '<|im_end|>' }}")
     assert source != CHATML
     assert not ExampleEncoder(both[0].with_template(source)).learns_to_stop()
-    assert ExampleEncoder(both[0].with_template(named_template("zephyr"))).learns_to_stop()
+    for fine in (CHATML, named_template("zephyr")):
+        assert ExampleEncoder(both[0].with_template(fine)).learns_to_stop()
