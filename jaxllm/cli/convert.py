@@ -71,7 +71,7 @@ def _export(options: argparse.Namespace, overrides: Mapping[str, str]) -> None:
     workdir, size = Path(options.source), parse_size(options.max_shard_size)
     if not (workdir / "checkpoints").is_dir() and list(workdir.glob("*.safetensors*")):
         raise UserError(f"--from {workdir} is a Hugging Face directory. Write --from hf:{workdir}.")
-    stored = dataclasses.replace(read_run_config(workdir), mesh=MeshConfig())
+    stored = dataclasses.replace(read_run_config(workdir, "--from"), mesh=MeshConfig())
     config = read_config(override(merge(config_dict(stored)), overrides))
     export_run(workdir, Path(options.target.removeprefix(HF)), config, options.dtype, size, _say)
 

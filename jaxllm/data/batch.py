@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from jaxllm.data.config import DataConfig
-from jaxllm.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # a step needs no tokenizer
+    from jaxllm.data.tokenizer import Tokenizer
 
 
 class Batch(NamedTuple):
@@ -28,7 +30,7 @@ class Vocabulary(NamedTuple):
     special_ids: tuple[int, ...] = ()  # of the tokens that stand for no text
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "Vocabulary":
+    def of(cls, tokenizer: "Tokenizer") -> "Vocabulary":
         named = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id} - {None}
         return cls(tokenizer.vocab_size, tokenizer.mask_id, tuple(sorted({*tokenizer.specials.values(), *named})))
 

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+SUPERVISE = ("completions", "all")
+TRUNCATION = ("refuse", "cut", "drop")
+
 
 @dataclass(frozen=True)
 class DataConfig:

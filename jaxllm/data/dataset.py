@@ -23,9 +23,8 @@ from jaxllm.config import one_of
 from jaxllm.data import shards
 from jaxllm.data.batch import PACKED, Batch, BatchKind, Vocabulary, row_random
 from jaxllm.data.chat_template import named_template
-from jaxllm.data.config import DataConfig
+from jaxllm.data.config import SUPERVISE, TRUNCATION, DataConfig
 from jaxllm.data.example_streams import (
-    TRUNCATION,
     ExamplePiece,
     check_lengths,
     read_pieces,
@@ -36,10 +35,10 @@ from jaxllm.data.examples import parse_fields
 from jaxllm.data.held_out import HeldOut, Piece, read_held_out, split_documents
 from jaxllm.data.loader import DeviceBatches, EvaluationRows, Rows, StepRows, TrainLoader
 from jaxllm.data.open_tokenizer import nothing_to_train_on, open_tokenizer
-from jaxllm.data.packing import EXAMPLE_PACKINGS, PACKINGS, EvaluationWindows, Examples, Packing, empty_row
+from jaxllm.data.packing import PACKINGS, EvaluationWindows, Examples, Packing, check_packing, empty_row
 from jaxllm.data.progress import Bar, no_progress_bar, progress_bar
 from jaxllm.data.sources import Component, Source, kind_of, open_components, open_source
-from jaxllm.data.supervision import SUPERVISE, ExampleEncoder
+from jaxllm.data.supervision import ExampleEncoder
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import UserError
 
@@ -280,17 +279,6 @@ def _check(config: DataConfig, length: int, kind: BatchKind) -> None:
         raise UserError(
             f"config.data.eval_overlap={config.eval_overlap} must be less than the {length} tokens of a row. "
             f"0 stands for half of them, {length // 2}."
-        )
-
-
-def check_packing(config: DataConfig, kind: BatchKind) -> None:
-    """Raises a UserError where rows of this kind cannot be packed as `config.packing` says."""
-    if not kind.examples:
-        one_of("config.data.packing", config.packing, PACKINGS)
-    elif config.packing not in EXAMPLE_PACKINGS:
-        raise UserError(
-            f"config.data.packing={config.packing!r}: examples stay whole. Use best_fit (several to a row, which see "
-            "nothing of each other) or none (one to a row)."
         )
 
 

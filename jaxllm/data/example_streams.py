@@ -15,7 +15,6 @@ from jaxllm.data.sources import Source
 from jaxllm.data.supervision import ExampleEncoder
 from jaxllm.errors import UserError
 
-TRUNCATION = ("refuse", "cut", "drop")
 BATCH = 1 << 20  # characters tokenised at once
 
 

@@ -17,16 +17,14 @@ import tokenizers
 
 from jaxllm.data.chat_template import TEMPLATE_FILE, ChatTemplate, find_template
 from jaxllm.data.token_bytes import bytes_of_tokens
-from jaxllm.data.tokenizer import CONFIG_FILE, FILES, JSON_FILE, Encoded, Tokenizer, write_files
+from jaxllm.data.tokenizer import Encoded, Tokenizer, write_files
+from jaxllm.data.tokenizer_files import CARRIED, CONFIG_FILE, FILES, GENERATION_FILE, JSON_FILE, TOKEN_IDS
 from jaxllm.errors import UserError
 
 # Said aloud, so that the package does not warn of every fork; no forked child tokenises here.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
-# Vocabularies in older formats: not read, but carried along for an export.
-CARRIED = ("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # "bos_token" and so on in the JSON files
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 CHUNK = 1 << 16  # characters encoded at once: the package keeps over 100 bytes a character until it is done
 GROUP = 1 << 22  # characters of the chunks encoded together, for the same reason
 REACH = 128  # characters on each side of a cut that show whether it is harmless
@@ -44,11 +42,11 @@ def open_huggingface_tokenizer(file: Path) -> "HuggingFaceTokenizer":
         files = {name: path.read_bytes() for name in (*FILES, *CARRIED) if (path := file.parent / name).is_file()}
         files[JSON_FILE] = file.read_bytes()
         model_config = file.parent / "config.json"
-        if "generation_config.json" not in files and model_config.is_file():
+        if GENERATION_FILE not in files and model_config.is_file():
             # config.json is the model's and stays behind; its special tokens come along where transformers has them.
             config = _json({"config.json": model_config.read_bytes()}, "config.json", file.parent)
             if ids := {key: config[key] for key in TOKEN_IDS if config.get(key) is not None}:
-                files["generation_config.json"] = json.dumps(ids).encode()
+                files[GENERATION_FILE] = json.dumps(ids).encode()
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}.") from error
     return HuggingFaceTokenizer(files, file)
@@ -70,7 +68,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._files, self._file = dict(files), file
         folder = file.parent
         config = _json(files, CONFIG_FILE, folder)
-        generation = _json(files, "generation_config.json", folder)
+        generation = _json(files, GENERATION_FILE, folder)
         names = _token_names(config, _json(files, "special_tokens_map.json", folder))
         self._templated = templated = _build(files[JSON_FILE], file)  # takes special tokens in a text for what they are
         vocabulary = templated.get_vocab(with_added_tokens=True)

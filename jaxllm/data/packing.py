@@ -12,7 +12,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxllm.data.batch import Batch
+from jaxllm.config import one_of
+from jaxllm.data.batch import Batch, BatchKind
+from jaxllm.data.config import DataConfig
+from jaxllm.errors import UserError
 
 Starts = Int[np.ndarray, " documents+1"]
 
@@ -301,3 +304,14 @@ def empty_row(length: int, pad_id: int) -> Batch:
 
 EXAMPLE_PACKINGS = ("best_fit", "none")
 PACKINGS: dict[str, Callable[[Starts, int], Packing]] = {"concat": Concat, "best_fit": BestFit}
+
+
+def check_packing(config: DataConfig, kind: BatchKind) -> None:
+    """Raises a UserError where rows of this kind cannot be packed as `config.packing` says."""
+    if not kind.examples:
+        one_of("config.data.packing", config.packing, PACKINGS)
+    elif config.packing not in EXAMPLE_PACKINGS:
+        raise UserError(
+            f"config.data.packing={config.packing!r}: examples stay whole. Use best_fit (several to a row, which see "
+            "nothing of each other) or none (one to a row)."
+        )

@@ -18,7 +18,6 @@ from jaxllm.data.examples import Conversation, Example, PlainText
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import UserError
 
-SUPERVISE = ("completions", "all")
 Range = tuple[int, int]  # [start, end)
 
 

@@ -20,13 +20,9 @@ import sentencepiece
 from jaxtyping import Int
 
 from jaxllm.data.chat_template import TEMPLATE_FILE, ChatTemplate, find_template
+from jaxllm.data.tokenizer_files import FILES, JSON_FILE, MODEL_FILE
 from jaxllm.errors import UserError
 
-MODEL_FILE = "tokenizer.model"
-JSON_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
-# What a tokenizer's folder may hold, and is read.
-FILES = (JSON_FILE, MODEL_FILE, CONFIG_FILE, "special_tokens_map.json", "generation_config.json", TEMPLATE_FILE)
 SPACE = "\u2581"  # how sentencepiece writes a space inside a piece
 CHUNK = 1 << 16  # characters encoded at once; a longer text is cut at a line end
 PROBE = "what an assistant says"  # to find in the text of a template

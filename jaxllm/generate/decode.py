@@ -46,9 +46,9 @@ class Decoder:
         self.config, self.layout, self._weights = spec.config, layout, weights
         self._dtype = weights["layers"]["attention"]["query"]["kernel"].dtype
 
-        def extend(weights, cache, tokens, positions, segment_ids):
+        def extend(weights, cache, tokens, positions, segment_ids, lengths):
             model = spec.merge(weights)
-            hidden, cache = model.extend(cache, tokens, positions, segment_ids)
+            hidden, cache = model.extend(cache, tokens, positions, segment_ids, lengths)
             logits = constrain(model.head.logits(hidden[:, -1:])[:, 0], "batch", None)
             return jnp.where(jnp.arange(logits.shape[1]) < num_tokens, logits, -jnp.inf), cache
 
@@ -88,7 +88,8 @@ class Decoder:
         for _ in range(max_new_tokens - 1):
             tokens = rows.tokens
             with use_layout(self.layout):
-                logits, cache = self._extend(self._weights, cache, rows.tokens, rows.positions, rows.segment_ids)
+                lengths = rows.positions[:, 0] + 1
+                logits, cache = self._extend(self._weights, cache, *rows[:3], lengths)
                 rows = self._draw(logits, rows, arrays, keys)
             yield np.asarray(tokens)[: len(prompts), 0]
         yield np.asarray(rows.tokens)[: len(prompts), 0]
@@ -100,10 +101,11 @@ class Decoder:
         chunk = min(CHUNK, max(SMALLEST_CHUNK, power_of_two(longest)))
         width = round_up(longest, chunk)
         tokens, positions, segment_ids = pad_left(prompts, batch, width)
-        cache = self._empty(batch, bucket(width + max_new_tokens))
+        cache = self._empty(batch, bucket(width + max_new_tokens, SMALLEST_CACHE))
+        lengths = self._put(positions[:, -1] + 1, "batch")
         for start in range(0, width, chunk):
             part = [self._put(a[:, start : start + chunk], "batch", None) for a in (tokens, positions, segment_ids)]
-            logits, cache = self._extend(self._weights, cache, *part)
+            logits, cache = self._extend(self._weights, cache, *part, lengths)
         seen = np.zeros((batch, self.config.vocab_size), bool)
         for row, prompt in enumerate(prompts):
             seen[row, list(prompt)] = True
@@ -135,6 +137,6 @@ def power_of_two(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def bucket(slots: int) -> int:
-    """The cache size used for `slots`: a power of two from 64 to 1024, then a multiple of 1024."""
-    return max(SMALLEST_CACHE, power_of_two(slots)) if slots <= 1024 else round_up(slots, 1024)
+def bucket(size: int, least: int) -> int:
+    """What `size` is rounded up to: a power of two from `least` to 1024, then a multiple of 1024."""
+    return max(least, power_of_two(size)) if size <= 1024 else round_up(size, 1024)

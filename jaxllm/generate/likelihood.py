@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.errors import UserError
-from jaxllm.generate.decode import pad_left, power_of_two, round_up
+from jaxllm.generate.decode import bucket, pad_left, round_up
 from jaxllm.generate.run import Run, refuse_bidirectional
 from jaxllm.layout.layout import Layout, constrain, pin, use_layout
 from jaxllm.layout.vocabulary import LOGITS_BYTES
@@ -128,7 +128,7 @@ class Scorer:
             count = len(pair.targets)
             if not 1 <= count <= self.max_length:
                 raise UserError(f"{count} tokens to predict must be from 1 to the model's context, {self.max_length}.")
-            length = length_bucket(min(len(pair.context) + count - 1, self.max_length))
+            length = bucket(min(len(pair.context) + count - 1, self.max_length), SHORTEST)
             groups.setdefault((length, min(length, FEW_TARGETS) if count <= FEW_TARGETS else length), []).append(number)
         for (length, columns), numbers in sorted(groups.items(), reverse=True):
             for start in range(0, len(numbers), self._batch_size):
@@ -188,8 +188,3 @@ def positions_at_once(layout: Layout, batch: int, targets: int, vocab_size: int)
     bytes_a_column = 4 * batch * vocab_size / (layout.size("batch") * layout.size("vocab"))
     limit = max(1, int(LOGITS_BYTES // bytes_a_column))
     return min(targets & -targets, 1 << (limit.bit_length() - 1))
-
-
-def length_bucket(length: int) -> int:
-    """The columns used for `length`: a power of two from 16 to 1024, then a multiple of 1024."""
-    return max(SHORTEST, power_of_two(length)) if length <= 1024 else round_up(length, 1024)

@@ -41,8 +41,8 @@ def refuse_bidirectional(run: Run, what: str) -> None:
         raise UserError(f"config.model.causal=False: a model that sees what comes next {what}.")
 
 
-def read_run_config(workdir: str | Path) -> Config:
-    """The config that the run in `workdir` was started with.
+def read_run_config(workdir: str | Path, flag: str = "--workdir") -> Config:
+    """The config that the run in `workdir`, which the user gave as `flag`, was started with.
 
     Raises:
       UserError: no such folder, or one that holds no run.
@@ -50,11 +50,11 @@ def read_run_config(workdir: str | Path) -> Config:
     workdir = Path(workdir)
     file = workdir / "config.json"
     if not workdir.is_dir():
-        raise UserError(f"--workdir {workdir}: no such folder. It is the one that `jaxllm train --workdir` wrote.")
+        raise UserError(f"{flag} {workdir}: no such folder. It is the one that `jaxllm train --workdir` wrote.")
     try:
         return read_config(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise UserError(f"--workdir {workdir} holds no run: there is no config.json in it.") from None
+        raise UserError(f"{flag} {workdir} holds no run: there is no config.json in it.") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: not JSON: {error.msg}.") from None
 

@@ -12,10 +12,13 @@ from jaxllm.data.batch import Batch
 from jaxllm.data.packing import EvaluationWindows, Span, empty_row, fill_row
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import UserError
-from jaxllm.generate.decode import round_up
+from jaxllm.generate.decode import bucket, round_up
 from jaxllm.generate.run import Run, refuse_bidirectional
 from jaxllm.layout.layout import use_layout
 from jaxllm.steps import pretrain
+
+LONGEST_WINDOW = 2048  # tokens, where the run does not say how long its rows were
+SHORTEST_ROW = 16
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Score:
         return Score(**{name: mine[name] + others[name] for name in mine})
 
     def __str__(self) -> str:
-        return f"{self.documents:,} documents, {self.tokens:,} tokens predicted"
+        documents = f"{self.documents:,} document{'s' * (self.documents != 1)}"
+        return f"{documents}, {self.tokens:,} tokens predicted"
 
     @property
     def loss(self) -> float:
@@ -70,7 +74,7 @@ def score_each(
     """Scores groups of documents, say those of a file each, in windows, by one compiled program.
 
     Args:
-      length: tokens a window; 0: the run's `config.data.length`, or the model's context.
+      length: tokens a window; 0: the run's `config.data.length`, or the model's context up to LONGEST_WINDOW.
       overlap: tokens of a window that the one before has predicted already, and that are only context here;
         0: half the window. More makes the loss lower and the work longer.
       batch_size: windows at once, over all devices; rounded up to what the mesh divides.
@@ -79,7 +83,7 @@ def score_each(
       UserError: no text in one of the groups, a window or overlap out of range, or a model that sees what comes next.
     """
     refuse_bidirectional(run, "gives texts no probability. Its masked loss is eval_loss in metrics.jsonl")
-    length = length or run.config.data.length or run.spec.config.max_length
+    length = length or run.config.data.length or min(run.spec.config.max_length, LONGEST_WINDOW)
     if not 2 <= length <= run.spec.config.max_length:
         raise UserError(f"length={length} must be from 2 to the model's context, {run.spec.config.max_length}.")
     overlap = overlap or length // 2
@@ -88,6 +92,10 @@ def score_each(
     tokens = [_tokens(documents, run.tokenizer) for documents in groups]
     if not groups or any(starts[-1] == len(documents) for (_, starts), documents in zip(tokens, groups, strict=True)):
         raise UserError("there is no text to evaluate.")
+    longest = max(int(np.diff(starts).max()) for _, starts in tokens)
+    if longest < length:  # no row is longer than what it may hold
+        length = min(length, bucket(longest, SHORTEST_ROW))
+        overlap = min(overlap, length // 2)
     windows = [EvaluationWindows(starts, length, overlap) for _, starts in tokens]
     batch_size = min(batch_size, max(one.num_rows for one in windows))
     batch_size = round_up(batch_size, run.layout.size("batch"))

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from jaxllm.layout import zero
 from jaxllm.layout.layers import Layer, LayerSums, cut_at_layers, run_each
 from jaxllm.layout.layout import Layout, constrain, pin, use_layout
+from jaxllm.layout.pipeline_tasks import Carry, Here, Task, store
 from jaxllm.layout.rules import RESIDUAL_AXES as RESIDUAL
 from jaxllm.layout.schedule_buffers import assign_buffers
 from jaxllm.layout.schedules import Action, Schedule, make_schedule
@@ -90,7 +91,7 @@ def run_pipeline(
     entered = [enter(*leaf) for leaf in zip(names, leaves, leaf_axes, in_layers, strict=True)]
     specs = [zero.step_spec(layout.inside("pipeline"), a, w.shape) for w, a in zip(leaves, leaf_axes, strict=True)]
     once = zero.reduced_once(layout, specs)
-    executor = _Executor(
+    executor = Executor(
         layout.inside("pipeline", *once), table, stages, loss, tree, names, leaf_axes, in_layers, accumulate
     )
     microbatches = jax.tree.map(lambda x: _split(x, num_microbatches), batch)
@@ -117,38 +118,12 @@ def _split(x: Array, num_microbatches: int) -> Array:
     return constrain(x, "batch", *[None] * (x.ndim - 1))
 
 
-class _Carry(NamedTuple):
-    """What a device takes from tick to tick."""
-
-    inputs: Float[Array, "slot batch length embed"]
-    gradients: Float[Array, "slot batch length embed"]  # those of outputs, waiting for their backward pass
-    activation: Float[Array, "batch length embed"]  # to send to the next stage
-    gradient: Float[Array, "batch length embed"]  # to send to the stage before
-    weight_gradients: list[Array] | None
-    total: Float[Array, ""]
-    weight: Float[Array, ""]
-    executed: Int[Array, "action"]
-    statistics: Tree  # sums of this device's layers, [virtual stage, place, …]
-
-
-class _Task(NamedTuple):
-    """A row of the table, on one device."""
-
-    action: Array
-    microbatch: Array
-    virtual_stage: Array
-    input_slot: Array
-    input_arrival: Array
-    gradient_slot: Array
-    gradient_arrival: Array
-
-
 class _Reached(Exception):
     """Leaves a loss function where it reaches its layers, with a value from there."""
 
 
 @dataclasses.dataclass(frozen=True)
-class _Executor:
+class Executor:
     layout: Layout  # as seen inside the region
     table: Schedule
     stages: Stages
@@ -177,9 +152,9 @@ class _Executor:
             columns = (self.table.action, self.table.microbatch, self.table.virtual_stage, *buffers[:4])
             start = self._start(weights, microbatches, buffers.num_inputs, buffers.num_gradients)
 
-            def tick(carry: _Carry, row: list[Array]) -> tuple[_Carry, None]:
-                task = _Task(*(column[stage] for column in row))
-                here = _Here(self, weights, microbatches, scale, stage, task)
+            def tick(carry: Carry, row: list[Array]) -> tuple[Carry, None]:
+                task = Task(*(column[stage] for column in row))
+                here = Here(self, weights, microbatches, scale, stage, task)
                 return self._exchange(here.act(carry), task), None
 
             end, _ = jax.lax.scan(tick, start, [jnp.asarray(column, jnp.int32) for column in columns])
@@ -204,7 +179,7 @@ class _Executor:
                 results.append(f(leaf, axes, layered))
         return results
 
-    def _start(self, weights: list[Array], microbatches: Tree, num_inputs: int, num_gradients: int) -> _Carry:
+    def _start(self, weights: list[Array], microbatches: Tree, num_inputs: int, num_gradients: int) -> Carry:
         first = jax.tree.map(lambda a: a[:, 0], microbatches)
         chunk, numbers = self.chunk(weights, 0), jnp.asarray(self.stages.numbers[0, 0])
         x = jax.eval_shape(lambda: self.before(chunk, first))
@@ -213,7 +188,7 @@ class _Executor:
             lambda a: jnp.zeros((self.table.num_virtual_stages, *a.shape), a.dtype), sums.statistics
         )
         accumulators = [jnp.zeros(w.shape, self.accumulate) for w in weights] if self.has_gradients else None
-        start = _Carry(
+        start = Carry(
             inputs=jnp.zeros((max(num_inputs, 1), *x.shape), x.dtype),
             gradients=jnp.zeros((max(num_gradients, 1), *x.shape), x.dtype),
             activation=jnp.zeros(x.shape, x.dtype),
@@ -226,7 +201,7 @@ class _Executor:
         )
         return self.place(start)
 
-    def place(self, carry: _Carry) -> _Carry:
+    def place(self, carry: Carry) -> Carry:
         """Everything where it lives: the branches of a condition must agree on that."""
         slots = P(None, *self.layout.spec(RESIDUAL))
         sums = carry.weight_gradients
@@ -245,16 +220,16 @@ class _Executor:
             return P(None, *zero.gradient_spec(self.layout, axes, g.shape[1:]))
         return zero.gradient_spec(self.layout, axes, g.shape)
 
-    def _exchange(self, carry: _Carry, task: _Task) -> _Carry:
+    def _exchange(self, carry: Carry, task: Task) -> Carry:
         """The end of a tick: everybody sends to both neighbours and keeps what the table says has arrived."""
         number = self.table.num_stages
         onward = [(i, (i + 1) % number) for i in range(number)]
         activation = jax.lax.ppermute(carry.activation, "pipeline", onward)
-        carry = carry._replace(inputs=_store(carry.inputs, activation, task.input_arrival))
+        carry = carry._replace(inputs=store(carry.inputs, activation, task.input_arrival))
         if not self.has_gradients:
             return carry
         gradient = jax.lax.ppermute(carry.gradient, "pipeline", [(to, sender) for sender, to in onward])
-        return carry._replace(gradients=_store(carry.gradients, gradient, task.gradient_arrival))
+        return carry._replace(gradients=store(carry.gradients, gradient, task.gradient_arrival))
 
     def chunk(self, weights: list[Array], virtual_stage: Array | int) -> list[Array]:
         """The weights with those of one virtual stage's layers."""
@@ -294,13 +269,6 @@ class _Executor:
         raise TypeError("the loss function never runs its layers, so a pipeline has nothing to cut")
 
 
-def _store(slots: Array, x: Array, slot: Array) -> Array:
-    """`slots` with x in `slot`, unless that is -1."""
-    index = jnp.maximum(slot, 0)
-    held = jax.lax.dynamic_index_in_dim(slots, index, 0, keepdims=False)
-    return jax.lax.dynamic_update_index_in_dim(slots, jnp.where(slot >= 0, x, held), index, 0)
-
-
 def _skipping(layer: Layer) -> Layer:
     """The layer, or nothing where its number is -1: this stage holds fewer than another."""
 
@@ -310,174 +278,3 @@ def _skipping(layer: Layer) -> Layer:
         return jax.lax.cond(number >= 0, run, lambda: (x, nothing))
 
     return one
-
-
-@dataclasses.dataclass(frozen=True)
-class _Here:
-    """One device at one tick."""
-
-    executor: _Executor
-    weights: list[Array]
-    microbatches: Tree
-    scale: Array
-    stage: Array
-    task: _Task
-
-    def act(self, carry: _Carry) -> _Carry:
-        """Does the task. Only the actions that the table has are compiled."""
-        actions = sorted({Action.IDLE, *map(int, set(self.executor.table.action.ravel().tolist()))})
-        branches = {
-            Action.IDLE: lambda carry: carry,
-            Action.FORWARD: self.forward if self.executor.has_gradients else self.evaluate,
-            Action.BACKWARD: self.backward,
-            Action.BACKWARD_INPUT: self.backward_input,
-            Action.BACKWARD_WEIGHT: self.backward_weight,
-        }
-
-        def counted(action: Action) -> Callable:
-            place = self.executor.place
-            return lambda carry: place(branches[action](carry._replace(executed=carry.executed.at[action].add(1))))
-
-        code = jnp.searchsorted(jnp.asarray(actions), self.task.action)
-        return jax.lax.switch(code, [counted(Action(action)) for action in actions], carry)
-
-    @property
-    def _is_first(self) -> Array:
-        return (self.stage == 0) & (self.task.virtual_stage == 0)
-
-    @property
-    def _is_last(self) -> Array:
-        table = self.executor.table
-        return (self.stage == table.num_stages - 1) & (self.task.virtual_stage == table.num_virtual_stages - 1)
-
-    def _setting(self, carry: _Carry) -> tuple[list[Array], Tree, Array]:
-        """Weights, microbatch and input of the task."""
-        chunk = self.executor.chunk(self.weights, self.task.virtual_stage)
-        microbatch = jax.tree.map(
-            lambda a: jax.lax.dynamic_index_in_dim(a, self.task.microbatch, 1, keepdims=False), self.microbatches
-        )
-
-        def embedded() -> Array:
-            return constrain(self.executor.before(chunk, microbatch), *RESIDUAL)
-
-        def stored() -> Array:
-            return constrain(carry.inputs[jnp.maximum(self.task.input_slot, 0)], *RESIDUAL)
-
-        return chunk, microbatch, jax.lax.cond(self._is_first, embedded, stored)
-
-    def _numbers(self) -> Array:
-        return jnp.asarray(self.executor.stages.numbers)[self.stage, self.task.virtual_stage]
-
-    def forward(self, carry: _Carry) -> _Carry:
-        """Through the layers, but for the last stage, whose backward pass does that."""
-
-        def middle() -> Array:
-            chunk, microbatch, x = self._setting(carry)
-            return constrain(self.executor.through(chunk, microbatch, x, self._numbers())[0], *RESIDUAL)
-
-        return carry._replace(
-            activation=jax.lax.cond(self._is_last, lambda: constrain(carry.activation, *RESIDUAL), middle)
-        )
-
-    def evaluate(self, carry: _Carry) -> _Carry:
-        """Through the layers; the last stage goes on to the loss."""
-        chunk, microbatch, x = self._setting(carry)
-        y, sums = self.executor.through(chunk, microbatch, x, self._numbers())
-        carry = self._count(carry, sums)
-        none = (jnp.zeros((), jnp.float32),) * 2
-        total, weight = jax.lax.cond(self._is_last, lambda: self.executor.after(chunk, microbatch, y), lambda: none)
-        return carry._replace(activation=y, total=carry.total + total, weight=carry.weight + weight)
-
-    def backward(self, carry: _Carry) -> _Carry:
-        """Both gradients: of the input, to be sent, and of the weights."""
-        chunk, microbatch, x = self._setting(carry)
-        run = lambda layers, x: self.executor.through(self._with(chunk, layers), microbatch, x, self._numbers())  # noqa: E731
-        (y, sums), pull = jax.vjp(run, self._layers(chunk), x)
-        dy, carry = self._output_gradient(self._count(carry, sums), chunk, microbatch, y)
-        d_layers, dx = pull((dy, self._sums_gradient(sums)))
-        carry = self._add(carry, d_layers)
-        return self._first(carry._replace(gradient=dx), chunk, microbatch, dx)
-
-    def backward_input(self, carry: _Carry) -> _Carry:
-        """The gradient of the input alone; the last stage keeps that of its output for `backward_weight`."""
-        chunk, microbatch, x = self._setting(carry)
-        (y, sums), pull = jax.vjp(lambda x: self.executor.through(chunk, microbatch, x, self._numbers()), x)
-        dy, carry = self._output_gradient(self._count(carry, sums), chunk, microbatch, y)
-        kept = _store(carry.gradients, dy, jnp.where(self._is_last, self.task.gradient_slot, -1))
-        (dx,) = pull((dy, self._sums_gradient(sums)))
-        return self._first(carry._replace(gradient=dx, gradients=kept), chunk, microbatch, dx)
-
-    def backward_weight(self, carry: _Carry) -> _Carry:
-        """The gradient of the weights alone."""
-        chunk, microbatch, x = self._setting(carry)
-        run = lambda layers: self.executor.through(self._with(chunk, layers), microbatch, x, self._numbers())  # noqa: E731
-        (_, sums), pull = jax.vjp(run, self._layers(chunk))
-        dy = carry.gradients[jnp.maximum(self.task.gradient_slot, 0)]
-        return self._add(carry, pull((dy, self._sums_gradient(sums)))[0])
-
-    def _count(self, carry: _Carry, sums: LayerSums | None) -> _Carry:
-        """What the layers add to the loss, and their statistics: once for each microbatch."""
-        if sums is None:
-            return carry
-        add = lambda total, new: total.at[self.task.virtual_stage].add(new)  # noqa: E731
-        statistics = jax.tree.map(add, carry.statistics, sums.statistics)
-        return carry._replace(total=carry.total + sums.loss.sum(), statistics=statistics)
-
-    def _sums_gradient(self, sums: LayerSums | None) -> LayerSums | None:
-        """That of the scaled loss with respect to what the layers sum."""
-        if sums is None:
-            return None
-        zeros = jax.tree.map(jnp.zeros_like, sums)
-        return zeros._replace(loss=jnp.full_like(sums.loss, self.scale))
-
-    def _output_gradient(self, carry: _Carry, chunk, microbatch, y: Array) -> tuple[Array, _Carry]:
-        """The gradient of this stage's output: what has arrived, or on the last stage that of the loss."""
-
-        def of_loss(carry: _Carry):
-            def total(ends, y):
-                return self.executor.after(self._with(chunk, ends, layers=False), microbatch, y)
-
-            total, pull, weight = jax.vjp(total, self._layers(chunk, layers=False), y, has_aux=True)
-            d_ends, dy = pull(self.scale.astype(total.dtype))
-            carry = carry._replace(total=carry.total + total, weight=carry.weight + weight)
-            return constrain(dy, *RESIDUAL), self._add(carry, d_ends, layers=False)
-
-        def arrived(carry: _Carry):
-            dy = carry.gradients[jnp.maximum(self.task.gradient_slot, 0)]
-            return constrain(dy, *RESIDUAL), self.executor.place(carry)
-
-        return jax.lax.cond(self._is_last, of_loss, arrived, carry)
-
-    def _first(self, carry: _Carry, chunk, microbatch, dx: Array) -> _Carry:
-        """On the first stage the gradient goes on into what comes before the layers."""
-
-        def embed(carry: _Carry) -> _Carry:
-            run = lambda ends: self.executor.before(self._with(chunk, ends, layers=False), microbatch)  # noqa: E731
-            _, pull = jax.vjp(run, self._layers(chunk, layers=False))
-            return self._add(carry, pull(dx)[0], layers=False)
-
-        return jax.lax.cond(self._is_first, embed, self.executor.place, carry)
-
-    def _layers(self, chunk: list[Array], *, layers: bool = True) -> list[Array]:
-        """The weights of the layers, or those of the ends."""
-        return [w for w, layered in zip(chunk, self.executor.in_layers, strict=True) if layered == layers]
-
-    def _with(self, chunk: list[Array], part: list[Array], *, layers: bool = True) -> list[Array]:
-        """`chunk` with that part of its weights replaced."""
-        rest = iter(part)
-        return [
-            next(rest) if layered == layers else w for w, layered in zip(chunk, self.executor.in_layers, strict=True)
-        ]
-
-    def _add(self, carry: _Carry, gradients: list[Array], *, layers: bool = True) -> _Carry:
-        """`gradients` of that part of the weights added to the accumulators."""
-        rest, layout = iter(gradients), self.executor.layout
-
-        def add(total: Array, axes: tuple, layered: bool) -> Array:
-            if layered != layers:
-                return total
-            g = next(rest)
-            g = pin(g, layout, zero.gradient_spec(layout, axes, g.shape)).astype(total.dtype)
-            return total.at[self.task.virtual_stage].add(g) if layered else total + g
-
-        return self.executor.place(carry._replace(weight_gradients=self.executor.each(add, carry.weight_gradients)))

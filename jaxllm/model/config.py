@@ -39,7 +39,7 @@ class ModelConfig:
     num_experts: int = 0  # 0: a dense mlp; else so many, each of mlp_dim (model/moe.py)
     experts_per_token: int = 2
     router_renormalize: bool = True  # the probabilities of a token's experts add up to 1
-    router_balance_loss: float = 0.0  # weight of the load-balancing loss (Mixtral, Switch: 0.01)
+    router_balance_loss: float = 0.0  # weight of the load-balancing loss, experts_per_token where all is even
     router_z_loss: float = 0.0  # weight of the square of the router's log(Z) (ST-MoE: 1e-3)
     expert_dispatch: str = "dropless"  # dropless | capacity: what is over an expert's share of a row is dropped
     capacity_factor: float = 1.25  # capacity: slots an expert has, as a multiple of an even share
@@ -67,7 +67,7 @@ class ModelConfig:
         )
 
 
-# What no output depends on: noise, losses and how the experts' work is dealt out.
+# What the use of a model does not depend on: noise, losses, and what training drops of the experts' work.
 _TRAINING_ONLY = (
     "dropout",
     "attention_dropout",

@@ -1,8 +1,9 @@
 """Mixture of experts: each token goes to a few of many feed-forward networks (Shazeer et al. 2017; Jiang et al. 2024).
 
 The load-balancing loss is that of Switch (Fedus et al. 2022, equation 4), taken over each row of the batch and not over
-the batch: E / k * sum over experts of (share of the choices) * (mean probability), 1 where all is even. A mean over
-rows, weighted by their tokens, is the same number whatever the layout and the microbatches; one over the batch is not.
+the batch: E * sum over experts of (choices a token) * (mean probability), which is k where all is even; the mean over
+rows and layers. A mean over rows is the same number whatever the layout and the microbatches; one over the batch is
+not. Rows weigh as many as the tokens that are to be predicted in them, as in the loss that this one is added to.
 """
 
 import math
@@ -47,9 +48,16 @@ class MoE(nnx.Module):
         self.dispatch = Dispatch(experts, config.capacity_factor, config.expert_dispatch == "dropless")
 
     def __call__(
-        self, x: Float[Array, "batch length embed"], segment_ids: Int[Array, "batch length"] | None
+        self,
+        x: Float[Array, "batch length embed"],
+        segment_ids: Int[Array, "batch length"] | None,
+        predicted: Float[Array, " batch"] | None = None,
     ) -> tuple[Float[Array, "batch length embed"], LayerSums]:
-        """Also returns the router's losses and what it did, summed over the tokens that are not padding."""
+        """Also returns the router's losses and what it did, summed over the tokens that are not padding.
+
+        Args:
+          predicted: how many tokens of each row are to be predicted; default all.
+        """
         config = self.config
         # In float32: bfloat16 has 8 bits, and experts are often closer than that (Fedus et al. 2022, section 2.4).
         kernel = self.router.kernel
@@ -74,21 +82,23 @@ class MoE(nnx.Module):
             tuple(kernel.axes for kernel in kernels),
             tuple(name_of(kernel) for kernel in kernels),
         )
-        return y, self._sums(logits, probabilities, chosen, real, dropped)
+        return y, self._sums(logits, probabilities, chosen, real, dropped, predicted)
 
-    def _sums(self, logits, probabilities, chosen, real: Bool[Array, "batch length"], dropped) -> LayerSums:
+    def _sums(self, logits, probabilities, chosen, real: Bool[Array, "batch length"], dropped, predicted) -> LayerSums:
         config, real = self.config, real.astype(jnp.float32)
         tokens = real.sum(1)
         load = jnp.einsum("btke,bt->be", chosen, real)
         mean = jnp.einsum("bte,bt->be", probabilities, real)  # times the tokens of the row
-        scale = config.num_experts / config.experts_per_token / jnp.maximum(tokens, 1)
-        balance = jnp.sum(scale * jnp.sum(load * mean, axis=1))
-        log_z = jnp.sum(real * jax.nn.logsumexp(logits, axis=-1) ** 2)
-        loss = config.router_balance_loss * balance + config.router_z_loss * log_z
+        # Each row's loss times its tokens, and these sums.
+        balance = config.num_experts / jnp.maximum(tokens, 1) * jnp.sum(load * mean, axis=1)
+        log_z = jnp.sum(real * jax.nn.logsumexp(logits, axis=-1) ** 2, axis=1)
+        weights = 1.0 if predicted is None else predicted / jnp.maximum(tokens, 1)
+        losses = config.router_balance_loss * balance + config.router_z_loss * log_z
+        loss = jnp.sum(weights * losses) / config.num_layers
         statistics = {
             "load": load.sum(0),
-            "balance": balance,
-            "log_z_squared": log_z,
+            "balance": balance.sum() / config.experts_per_token,
+            "log_z_squared": log_z.sum(),
             "dropped": dropped.sum(),
             "tokens": tokens.sum(),
         }
@@ -151,9 +161,9 @@ def top_k(
 def router_metrics(statistics: Statistics | None) -> dict[str, Float[Array, ""]]:
     """What a step reports of its routers, from the statistics of all layers, each [layers, …].
 
-    router_balance: the load-balancing loss before its weight, 1 where all is even. router_z: mean squared log(Z).
-    router_max_load: tokens of the fullest expert of any layer, as a multiple of an even share. router_dropped: the part
-    of all choices that no expert had room for.
+    router_balance: the load-balancing loss before its weight, divided by k: 1 where all is even. router_z: mean squared
+    log(Z). router_max_load: tokens of the fullest expert of any layer, as a multiple of an even share. router_dropped:
+    the part of all choices that no expert had room for.
     """
     if not statistics:
         return {}

@@ -128,7 +128,7 @@ def bert_large(**overrides: Any) -> dict[str, Any]:
 
 
 def mixtral_8x7b(**overrides: Any) -> dict[str, Any]:
-    """Mixtral 8x7B (Jiang et al. 2024): two of eight experts a token. The loss weight is that of its config file."""
+    """Mixtral 8x7B (Jiang et al. 2024): two of eight experts a token. `router_balance_loss` as in its config file."""
     rest = {"max_length": 32_768, "rope_theta": 1e6, "router_balance_loss": 0.02}
     return mistral_7b(num_experts=8, experts_per_token=2, sliding_window=0, **rest) | overrides
 

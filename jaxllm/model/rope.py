@@ -29,9 +29,16 @@ class Rotation(NamedTuple):
     sin: Float[Array, "batch length half"]
 
 
-def rotation(positions: Int[Array, "batch length"], config: ModelConfig) -> Rotation:
-    """The angles position * frequency of a resolved config's rope."""
-    angles = positions[..., None].astype(jnp.float32) * frequencies(config, positions)
+def rotation(
+    positions: Int[Array, "batch length"], config: ModelConfig, lengths: Int[Array, " batch"] | None = None
+) -> Rotation:
+    """The angles position * frequency of a resolved config's rope.
+
+    Args:
+      lengths: of the texts that the positions are a part of; default: up to the last of them.
+    """
+    lengths = positions.max(-1) + 1 if lengths is None else lengths
+    angles = positions[..., None].astype(jnp.float32) * frequencies(config, lengths)
     factor = attention_factor(config)
     return Rotation(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
 
@@ -43,8 +50,8 @@ def rotate(x: Float[Array, "batch length heads head_dim"], by: Rotation) -> Floa
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def frequencies(config: ModelConfig, positions: Int[Array, "batch length"]) -> Float[Array, "..."]:
-    """Radians a position, float32: [half], or [batch, 1, half] where they depend on the length of each row."""
+def frequencies(config: ModelConfig, lengths: Int[Array, " batch"]) -> Float[Array, "..."]:
+    """Radians a position, float32: [half], or [batch, 1, half] where they depend on the lengths of the rows."""
     dim, theta, factor = config.head_dim, config.rope_theta, config.rope_factor
     exponents = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
     plain = theta**-exponents
@@ -55,7 +62,7 @@ def frequencies(config: ModelConfig, positions: Int[Array, "batch length"]) -> F
             return plain / factor
         case "dynamic":
             original = config.rope_original_length
-            length = jnp.maximum(positions.max(-1)[:, None, None] + 1, original).astype(jnp.float32)
+            length = jnp.maximum(lengths[:, None, None], original).astype(jnp.float32)
             stretched = factor * length / original - (factor - 1)
             return (theta * stretched ** (dim / (dim - 2))) ** -exponents
         case "yarn":

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.layout import vocabulary
 from jaxllm.layout.layers import LayerSums, run_layers
@@ -46,13 +46,14 @@ class Block(nnx.Module):
         stream: DropoutKey | None = None,
         cache: LayerCache | None = None,
         slots: CacheSlots | None = None,
+        predicted: Float[Array, " batch"] | None = None,
     ) -> tuple[Float[Array, "batch length embed"], LayerCache | None, LayerSums | None]:
         h = reshard(self._before(self.attention_norm, x), WHOLE, RESIDUAL)
         h, cache = self.attention(h, segment_ids, rotation, dropout=stream, cache=cache, slots=slots)
         x = x + _drop(reshard(h, RESIDUAL, WHOLE), self.dropout_rate, stream, "after_attention")
         x = self._after(self.attention_norm, x)
         h = reshard(self._before(self.mlp_norm, x), WHOLE, RESIDUAL)
-        h, sums = self.mlp(h, segment_ids) if isinstance(self.mlp, MoE) else (self.mlp(h), None)
+        h, sums = self.mlp(h, segment_ids, predicted) if isinstance(self.mlp, MoE) else (self.mlp(h), None)
         x = x + _drop(reshard(h, RESIDUAL, WHOLE), self.dropout_rate, stream, "after_mlp")
         return self._after(self.mlp_norm, x), cache, sums
 
@@ -130,6 +131,7 @@ class Transformer(nnx.Module):
         segment_ids: Int[Array, "batch length"] | None = None,
         *,
         token_types: Int[Array, "batch length"] | None = None,
+        loss_mask: Bool[Array, "batch length"] | None = None,
         dropout: DropoutKey | None = None,
     ) -> tuple[Float[Array, "batch length embed"], LayerSums | None]:
         """What `head` takes: the last activations, after the final norm, in device order (layout/sequence.py); and what
@@ -140,6 +142,7 @@ class Transformer(nnx.Module):
           positions: from 0 in each document; default 0, 1, 2, …
           segment_ids: a number a document, 0 for padding; a token sees tokens of its own number only.
           token_types: where the model has those; default 0.
+          loss_mask: true on the tokens that are to be predicted: what layers add to the loss is weighed by them.
           dropout: the random stream of each row, for training.
         """
         if positions is None:
@@ -151,12 +154,13 @@ class Transformer(nnx.Module):
         tokens, positions = to_device_order(tokens), to_device_order(positions)
         segment_ids = None if segment_ids is None else to_device_order(segment_ids)
         types = None if token_types is None else to_device_order(token_types)
+        predicted = None if loss_mask is None else loss_mask.astype(jnp.float32).sum(1)
         x, by = self._embed(tokens, positions, dropout, types, lengths)
         graph, weights = nnx.split(self.layers)
 
         def layer(x, number, weights):
             stream = dropout.fold("layer", number) if dropout else None
-            x, _, sums = nnx.merge(graph, weights)(x, segment_ids, by, stream=stream)
+            x, _, sums = nnx.merge(graph, weights)(x, segment_ids, by, stream=stream, predicted=predicted)
             return x, sums
 
         x, sums = run_layers(layer, x, weights, self.config.num_layers)
@@ -168,12 +172,16 @@ class Transformer(nnx.Module):
         tokens: Int[Array, "batch length"],
         positions: Int[Array, "batch length"],
         segment_ids: Int[Array, "batch length"],
+        lengths: Int[Array, " batch"] | None = None,
     ) -> tuple[Float[Array, "batch length embed"], KVCache]:
         """The last activations of tokens that follow those in `cache`, and the cache with these in it.
 
         Padding (segment 0) fills slots too and is never attended, so rows of unequal length can go together.
+
+        Args:
+          lengths: of the whole texts where these tokens are a part of what is known of them (model/rope.py: dynamic).
         """
-        x, by = self._embed(tokens, positions, None)
+        x, by = self._embed(tokens, positions, None, lengths=lengths)
         graph, weights = nnx.split(self.layers)
         known = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, cache.filled, axis=1)
         slots = CacheSlots(known, cache.filled)
@@ -206,4 +214,4 @@ class Transformer(nnx.Module):
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         x = _drop(reshard(x, RESIDUAL, WHOLE), self.config.dropout, stream, "embedding")
-        return x, rotation(positions, self.config) if self.config.positions == "rope" else None
+        return x, rotation(positions, self.config, lengths) if self.config.positions == "rope" else None

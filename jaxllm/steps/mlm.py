@@ -9,7 +9,8 @@ from jaxllm.steps.step import TrainStep
 
 def loss(model: Transformer, batch: MaskedBatch, *, dropout: DropoutKey | None) -> Loss:
     """Cross-entropy of what stood where `loss_mask` is true, summed. There is no loss on pairs of sentences."""
-    hidden, sums = model.with_sums(batch.tokens, batch.positions, batch.segment_ids, dropout=dropout)
+    packed = (batch.tokens, batch.positions, batch.segment_ids)
+    hidden, sums = model.with_sums(*packed, loss_mask=batch.loss_mask, dropout=dropout)
     return model.head.token_loss(hidden, batch.targets, batch.loss_mask).plus(sums)
 
 

@@ -9,7 +9,8 @@ from jaxllm.steps.step import TrainStep
 
 def loss(model: Transformer, batch: Batch, *, dropout: DropoutKey | None) -> Loss:
     """Cross-entropy of the tokens where `loss_mask` is true, summed."""
-    hidden, sums = model.with_sums(batch.tokens, batch.positions, batch.segment_ids, dropout=dropout)
+    packed = (batch.tokens, batch.positions, batch.segment_ids)
+    hidden, sums = model.with_sums(*packed, loss_mask=batch.loss_mask, dropout=dropout)
     return model.head.next_token_loss(hidden, batch.tokens, batch.loss_mask).plus(sums)
 
 

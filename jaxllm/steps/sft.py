@@ -12,7 +12,8 @@ def loss(model: Transformer, batch: Batch, *, dropout: DropoutKey | None) -> Los
 
     The shared machinery divides by the number of such tokens in the whole batch, so an example weighs what it says.
     """
-    hidden, sums = model.with_sums(batch.tokens, batch.positions, batch.segment_ids, dropout=dropout)
+    packed = (batch.tokens, batch.positions, batch.segment_ids)
+    hidden, sums = model.with_sums(*packed, loss_mask=batch.loss_mask, dropout=dropout)
     return model.head.next_token_loss(hidden, batch.tokens, batch.loss_mask).plus(sums)
 
 

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from jax.sharding import AbstractMesh
 
 from jaxllm.config import one_of
-from jaxllm.data.dataset import check_packing
-from jaxllm.data.example_streams import TRUNCATION
-from jaxllm.data.supervision import SUPERVISE
+from jaxllm.data.config import SUPERVISE, TRUNCATION
+from jaxllm.data.packing import check_packing
 from jaxllm.errors import UserError
 from jaxllm.layout import schedules
 from jaxllm.layout.check_rules import check_rules

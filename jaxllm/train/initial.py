@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxllm.errors import UserError
-from jaxllm.model.config import differing
+from jaxllm.model.config import ModelConfig, differing
 from jaxllm.model.spec import ModelSpec
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.config import Config, read_config
@@ -47,11 +47,26 @@ def check_initial(config: Config, spec: ModelSpec, tokenizer: Tokenizer) -> None
     stretched = spec.config.rope_scaling != "none"
     for name in [name for name in fields if stretched and name.startswith("rope_") and name != "rope_theta"]:
         del fields[name]
+    if stretched:
+        _check_original_length(source, model, spec.config)
     if fields:
         lines = [f"config.model.{name}: {theirs!r} there, {ours!r} here" for name, (theirs, ours) in fields.items()]
         raise UserError(
             f"config.train.init_from={source} is another model. --config.model={source} takes it as it is:\n  "
             + "\n  ".join(lines)
+        )
+
+
+def _check_original_length(source: Path, trained: ModelConfig, stretched: ModelConfig) -> None:
+    """Positions are stretched from the context that the model was trained on: a derived one may be another."""
+    lengths = dict.fromkeys((trained.max_length, trained.rope_original_length or trained.max_length))
+    if stretched.rope_original_length not in lengths:
+        longest = round(trained.max_length * stretched.rope_factor)
+        raise UserError(
+            f"config.model.rope_original_length={stretched.rope_original_length} (where it is 0: max_length / "
+            f"rope_factor), but the model of config.train.init_from={source} was trained on "
+            f"{' or '.join(map(str, lengths))} tokens. For rope_factor={stretched.rope_factor:g} set "
+            f"config.model.max_length={longest}, or say config.model.rope_original_length={trained.max_length}."
         )
 
 

@@ -1,5 +1,6 @@
 """Loss of texts in windows against the definition, token by token."""
 
+import dataclasses
 import math
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxllm.errors import UserError
+from jaxllm.generate import score as score_module
 from jaxllm.generate.score import score, score_each
 
 TEXTS = ["却说曹操引兵追赶，玄德大惊。" * 6, "the quick brown fox jumps over the lazy dog", "dog"]
@@ -31,6 +33,22 @@ def definition(run, texts, length, overlap) -> tuple[float, int]:
             done = start + len(window)
             start = done - overlap
     return nats, count
+
+
+def test_rows_are_no_longer_than_the_longest_text(run, monkeypatch):
+    """A model of a long context that says nothing of rows is not asked for them in vain."""
+    lengths, windows = [], score_module.EvaluationWindows
+
+    def noted(starts, length, overlap):
+        lengths.append(length)
+        return windows(starts, length, overlap)
+
+    monkeypatch.setattr(score_module, "EvaluationWindows", noted)
+    data = dataclasses.replace(run.config.data, length=0)
+    unsaid = run._replace(config=dataclasses.replace(run.config, data=data))
+    short = score(unsaid, ["dog"])
+    assert lengths == [16]
+    np.testing.assert_allclose(short.nats, definition(run, ["dog"], 16, 8)[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize(("length", "overlap", "batch_size"), [(16, 0, 16), (16, 3, 2), (64, 0, 3)])

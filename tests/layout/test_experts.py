@@ -164,14 +164,26 @@ def test_all_to_alls_carry_the_slots_and_nothing_else(dropless, factor):
     assert {c.mesh_axes for c in summed} == {("data",)}
 
 
-def test_all_to_all_volume_of_a_train_step():
-    """That of the formula: layers x microbatches x five activations, in the dtype of compute."""
-    layout = layout_of(expert=4, data=2, num_microbatches=2)
-    found = collectives(lowered(MOE, layout).compile().as_text(), layout.mesh)
-    share = BATCH // 2 // layout.mesh.size * LENGTH * MOE.experts_per_token / MOE.num_experts
+@pytest.mark.parametrize(
+    ("mesh", "activations"),
+    [
+        ({"expert": 4, "data": 2}, 5),
+        ({"expert": 2, "model": 2, "data": 2}, 5),  # each of the devices along `model` sends whole activations
+        ({"pipeline": 2, "expert": 2, "data": 2}, 5 + 2),  # a stage runs its layers again before the backward pass
+    ],
+    ids=str,
+)
+def test_all_to_all_volume_of_a_train_step(mesh, activations):
+    """That of the formula: layers x microbatches x activations, in the dtype of compute."""
+    layout = layout_of(**mesh, num_microbatches=2)
+    found = collectives(lowered(MOE, layout).compile().as_text(), layout.mesh, branch_runs=2)
+    rows = BATCH // 2 // layout.size("batch")
+    share = rows * LENGTH * MOE.experts_per_token / MOE.num_experts
     slots = MOE.num_experts * (math.ceil(share * MOE.capacity_factor) + math.ceil(share * LATER_ROUNDS))
-    sent = sum(c.bytes * c.runs for c in found if c.kind == "all-to-all" and c.shape[-1] == MOE.embed_dim)
-    assert sent == MOE.num_layers * 2 * 5 * slots * MOE.embed_dim * 4
+    layers = MOE.num_layers // mesh.get("pipeline", 1)
+    sent = [c for c in found if c.kind == "all-to-all" and c.shape[-1] == MOE.embed_dim]
+    assert {c.mesh_axes for c in sent} == {("expert",)}
+    assert sum(c.bytes * c.runs for c in sent) == layers * 2 * activations * slots * MOE.embed_dim * 4
 
 
 def test_experts_are_split_over_what_splits_the_batch_alone():

@@ -42,7 +42,7 @@ def weights_of(moe: MoE) -> dict[str, np.ndarray]:
     return {name: np.asarray(part.kernel[...], np.float64) for name, part in named.items() if part is not None}
 
 
-def reference(config: ModelConfig, w: dict[str, np.ndarray], x: np.ndarray, segments: np.ndarray):
+def reference(config: ModelConfig, w: dict[str, np.ndarray], x: np.ndarray, segments: np.ndarray, predicted=None):
     """(y, loss, load, dropped): token by token, expert by expert."""
     x = np.asarray(x, np.float64)
     y, load = np.zeros_like(x), np.zeros(config.num_experts)
@@ -54,10 +54,11 @@ def reference(config: ModelConfig, w: dict[str, np.ndarray], x: np.ndarray, segm
         best = np.argsort(-p, axis=-1, kind="stable")[:, : config.experts_per_token]
         counts = np.bincount(best[real].ravel(), minlength=config.num_experts)
         load += counts
-        share = counts / (len(real) * config.experts_per_token)
+        share = counts / len(real)
         balance = config.num_experts * np.sum(share * p[real].mean(0))
         z = np.mean(np.log(np.exp(logits[real]).sum(-1)) ** 2)
-        loss += len(real) * (config.router_balance_loss * balance + config.router_z_loss * z)
+        weight = len(real) if predicted is None else predicted[row]
+        loss += weight * (config.router_balance_loss * balance + config.router_z_loss * z) / config.num_layers
         room = np.full(config.num_experts, x.shape[1])
         if config.expert_dispatch == "capacity":
             even = x.shape[1] * config.experts_per_token / config.num_experts
@@ -101,6 +102,13 @@ def test_output_losses_and_statistics(config):
     assert sums.statistics["tokens"] == (SEGMENTS > 0).sum()
     if config is CONFIGS["capacity"]:
         assert dropped > 5
+
+
+def test_the_losses_of_a_row_weigh_as_many_as_its_predicted_tokens():
+    moe, predicted = layer(MODEL), np.array([2.0, 0.0, 1.0], np.float32)
+    _, sums = jax.jit(moe)(inputs(), jnp.asarray(SEGMENTS), jnp.asarray(predicted))
+    _, loss, *_ = reference(MODEL, weights_of(moe), inputs(), SEGMENTS, predicted)
+    np.testing.assert_allclose(sums.loss, loss, rtol=1e-5)
 
 
 @pytest.mark.parametrize("config", [CONFIGS["dropless"], CONFIGS["capacity"]], ids=["dropless", "capacity"])

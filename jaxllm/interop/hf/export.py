@@ -10,11 +10,12 @@ import jax
 import numpy as np
 
 from jaxllm.data.tokenizer import load_tokenizer
+from jaxllm.data.tokenizer_files import GENERATION_FILE, TOKEN_IDS
 from jaxllm.errors import UserError
 from jaxllm.generate.run import at_rest
 from jaxllm.interop.hf.config import ReadConfig, read_json, write_model
 from jaxllm.interop.hf.files import DTYPES, NewTensor, write_tensors
-from jaxllm.interop.hf.load import GENERATION, TOKEN_IDS, TOKENIZER_FILES, open_weights, write_json
+from jaxllm.interop.hf.load import TOKENIZER_FILES, open_weights, write_json
 from jaxllm.interop.hf.tensors import FileTensor, file_tensors, pieces_of
 from jaxllm.interop.hf.whole import whole_or_nothing
 from jaxllm.layout.layout import as_dtype, make_layout
@@ -147,16 +148,16 @@ def _cast(values: np.ndarray, *, name: str, dtype: np.dtype) -> np.ndarray:
 def _copy_tokenizer(workdir: Path, folder: Path) -> dict[str, Any]:
     """Copies the tokenizer's files. Returns the ids of special tokens where generation_config.json had to be made."""
     source = workdir / "tokenizer"
-    for name in [*TOKENIZER_FILES, GENERATION]:
+    for name in [*TOKENIZER_FILES, GENERATION_FILE]:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    if (workdir / ORIGIN / GENERATION).is_file():
-        shutil.copyfile(workdir / ORIGIN / GENERATION, folder / GENERATION)
-    if (folder / GENERATION).exists() or not source.is_dir():
+    if (workdir / ORIGIN / GENERATION_FILE).is_file():
+        shutil.copyfile(workdir / ORIGIN / GENERATION_FILE, folder / GENERATION_FILE)
+    if (folder / GENERATION_FILE).exists() or not source.is_dir():
         return {}
     tokenizer = load_tokenizer(source)
     ids = dict(zip(TOKEN_IDS, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id), strict=True))
-    write_json(folder / GENERATION, {key: value for key, value in ids.items() if value is not None})
+    write_json(folder / GENERATION_FILE, {key: value for key, value in ids.items() if value is not None})
     return ids
 
 

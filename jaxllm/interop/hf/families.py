@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from jaxllm.interop.hf.family import WINDOW_BY_LAYER, WINDOW_SWITCH, Family, activation
+from jaxllm.interop.hf.family import BALANCE_LOSS, WINDOW_BY_LAYER, WINDOW_SWITCH, Family, activation
 from jaxllm.interop.hf.rope import rope
 from jaxllm.interop.hf.tensors import Row
 
@@ -129,7 +129,7 @@ _LLAMA_DEFAULTS = {
 }
 _LLAMA_BUFFERS = r".*\.rotary_emb\.inv_freq"
 _WINDOW = {"sliding_window": "sliding_window"}
-_EXPERTS = {"num_experts_per_tok": "experts_per_token", "router_aux_loss_coef": "router_balance_loss"}
+_EXPERTS = {"num_experts_per_tok": "experts_per_token"}
 
 LLAMA = Family(
     architecture="LlamaForCausalLM",
@@ -194,7 +194,7 @@ MIXTRAL = Family(
     | {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "sliding_window": None}
     | {"num_experts_per_tok": 2, "num_local_experts": 8, "router_aux_loss_coef": 0.001},
     computed={"router_jitter_noise": (0.0,)},
-    codecs=(activation("hidden_act"), rope(1e6)),
+    codecs=(activation("hidden_act"), rope(1e6), BALANCE_LOSS),
     other_names={"num_experts": "num_local_experts"},
     buffers=_LLAMA_BUFFERS,
 )
@@ -213,7 +213,7 @@ QWEN3_MOE = Family(
     | {"norm_topk_prob": False, "router_aux_loss_coef": 0.001},
     computed={"attention_bias": (False,), "decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
     written={"attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
-    codecs=(activation("hidden_act"), rope(), WINDOW_SWITCH),
+    codecs=(activation("hidden_act"), rope(), WINDOW_SWITCH, BALANCE_LOSS),
     other_names={"num_local_experts": "num_experts"},
     buffers=_LLAMA_BUFFERS,
 )

@@ -153,3 +153,16 @@ WINDOW_BY_LAYER = Codec(
     _read_window, _write_window, ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 )
 WINDOW_SWITCH = Codec(_read_switch, _write_switch, ("use_sliding_window", "sliding_window"))
+
+
+def _read_balance_loss(keys: Keys) -> Fields:
+    """transformers adds the loss only where it is asked for the router's logits."""
+    return {"router_balance_loss": float(keys["router_aux_loss_coef"]) if keys.get("output_router_logits") else 0.0}
+
+
+def _write_balance_loss(model: ModelConfig) -> Fields:
+    weight = model.router_balance_loss
+    return {"output_router_logits": weight > 0} | ({"router_aux_loss_coef": weight} if weight else {})
+
+
+BALANCE_LOSS = Codec(_read_balance_loss, _write_balance_loss, ("output_router_logits", "router_aux_loss_coef"))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxllm.data.tokenizer_files import CARRIED, FILES, GENERATION_FILE, TOKEN_IDS
 from jaxllm.errors import UserError
 from jaxllm.generate.run import at_rest
 from jaxllm.interop.hf.config import ReadConfig, read_model
@@ -28,22 +29,7 @@ from jaxllm.train.checks import check_for_use
 from jaxllm.train.config import Config, config_dict
 from jaxllm.train.initial import ORIGIN
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
-GENERATION = "generation_config.json"
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKENIZER_FILES = tuple(name for name in (*FILES, *CARRIED) if name != GENERATION_FILE)
 COMPARED_AT_ONCE = 1 << 24  # elements
 BYTES_IN_FLIGHT = 1 << 28  # of a save, at least: enough to keep a disk busy
 
@@ -221,19 +207,19 @@ def _copy_tokenizer(folder: Path, to: Path, keys: Mapping[str, Any]) -> bool:
     if not found:
         return False
     to.mkdir(parents=True)
-    for name in [*found, GENERATION]:
+    for name in [*found, GENERATION_FILE]:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, to / name)
     ids = {key: keys[key] for key in TOKEN_IDS if keys.get(key) is not None}
-    if ids and not (to / GENERATION).exists():
-        write_json(to / GENERATION, ids)
+    if ids and not (to / GENERATION_FILE).exists():
+        write_json(to / GENERATION_FILE, ids)
     return True
 
 
 def _keep_origin(folder: Path, to: Path, directory: Directory) -> None:
     """What an export gives back: keys of config.json that mean nothing here, and the dtypes."""
     to.mkdir()
-    for name in ("config.json", GENERATION):
+    for name in ("config.json", GENERATION_FILE):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, to / name)
     dtypes = {name: DTYPES[stored.dtype].name for name, stored in directory.tensors.items()}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.generate import decode
 from jaxllm.generate.decode import Decoder
 from jaxllm.generate.run import Run, open_run, read_run_config
 from jaxllm.generate.sampling import Sampling
@@ -75,6 +76,16 @@ def test_logits_of_padded_and_packed_rows(both):
     for place, tokens in zip(places(), documents(), strict=True):
         theirs = both.theirs(torch.tensor(tokens)[None]).logits[0].detach().numpy()
         np.testing.assert_allclose(ours[place], theirs, atol=1e-4 * np.abs(theirs).max(), rtol=0)
+
+
+def test_token_types(tmp_path):
+    theirs, directory, params = pair(MODELS["bert"], tmp_path)
+    model, draw = directory.spec.merge(params), np.random.default_rng(4)
+    tokens, types = draw.integers(3, VOCABULARY, (2, 20)), draw.integers(0, 2, (2, 20))
+    ours = model.head.logits(model(jnp.asarray(tokens), token_types=jnp.asarray(types)))
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens), token_type_ids=torch.tensor(types)).logits.numpy()
+    np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
 
 
 def test_loss_and_gradients(both):
@@ -152,6 +163,15 @@ def compare_text(theirs, run: Run, prompts: list[np.ndarray], length: int) -> No
         with torch.no_grad():
             text = theirs.generate(torch.tensor(prompt)[None], do_sample=False, max_new_tokens=length)
         np.testing.assert_array_equal(row, text[0, len(prompt) :].numpy())
+
+
+@pytest.mark.parametrize("kind", ROPE)
+def test_greedy_text_after_a_long_prompt_of_a_stretched_model(kind, tmp_path, tokenizer, monkeypatch):
+    """Of 90 tokens, read in three parts, where 32 were trained on; dynamic scaling goes on changing with the text."""
+    monkeypatch.setattr(decode, "CHUNK", 32)
+    theirs = make(*stretched(kind))
+    tokens = np.random.default_rng(3).integers(3, VOCABULARY, 90)
+    compare_text(theirs, imported(theirs, tmp_path, tokenizer), [tokens, tokens[:20]], 30)
 
 
 @pytest.mark.parametrize("kind", ROPE)

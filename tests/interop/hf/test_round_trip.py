@@ -210,6 +210,8 @@ def test_init_from_refuses_another_model(tmp_path, tokenizer, capsys):
         assert main([*argv, flag]) == 2
         assert says in capsys.readouterr().err
     assert not (tmp_path / "new" / "checkpoints").exists() or not list((tmp_path / "new" / "checkpoints").iterdir())
+    assert main([*argv, "--config.model.rope_scaling=yarn", "--config.model.rope_original_length=64"]) == 2
+    assert "was trained on 128 tokens" in capsys.readouterr().err
     longer = ["--config.model.rope_scaling=yarn", "--config.model.rope_factor=2", "--config.model.max_length=256"]
     assert main([*argv, *longer, "--config.data.length=256"]) == 0
     exported = json.loads((to_directory(tmp_path / "new", tmp_path / "back") / "config.json").read_text())
