@@ -66,7 +66,7 @@ def test_a_model_has_it_in_training_alone(alpha):
     # The size of it, before the layers: a row of 8 tokens, 16 wide.
     lengths = jnp.full((2, 8), 8)
     noisy, plain = (
-        model._embed(tokens, 0 * tokens, stream, lengths=lengths if stream else None) for stream in (key, None)
+        model._embed(tokens, 0 * tokens, stream, noisy=lengths if stream else None) for stream in (key, None)
     )
     added = np.asarray(noisy[0] - plain[0])
     assert np.abs(added).max() <= alpha / np.sqrt(8 * 16) + 1e-6
