@@ -88,8 +88,8 @@ def override(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
 def _preset(name: str) -> Mapping[str, Any]:
     from jaxllm.model import presets
 
-    if (file := Path(name) / "config.json").is_file():
-        return _model_of_run(name, file)
+    if (Path(name) / "config.json").is_file():
+        return model_of_run(name)
     known = dict(inspect.getmembers(presets, inspect.isfunction))
     if name not in known:
         if "/" in name or name.startswith("hf:"):
@@ -101,8 +101,15 @@ def _preset(name: str) -> Mapping[str, Any]:
     return known[name]()
 
 
-def _model_of_run(name: str, file: Path) -> Mapping[str, Any]:
-    """The model of the run in the folder `name`."""
+def model_of_run(name: str) -> Mapping[str, Any]:
+    """The group `config.model` of the run in the folder `name`.
+
+    Raises:
+      UserError: no run there.
+    """
+    file = Path(name) / "config.json"
+    if not file.is_file():
+        raise UserError(f"{name}: no run is there: no config.json in it. It is what jaxllm train --workdir wrote.")
     try:
         return json.loads(file.read_text(encoding="utf-8"))["model"]
     except (ValueError, KeyError, TypeError):

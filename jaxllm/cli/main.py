@@ -18,6 +18,7 @@ VERBS = {
     "evaluate": "loss and bits per character on files, accuracy on multiple choice",
     "lm_eval": "lm-evaluation-harness, with --model jaxllm --model_args workdir=DIR",
     "convert": "a model from or to a Hugging Face directory",
+    "instructions": "show examples for fine-tuning, and what of them is learned",
     "layouts": "every layout of a model on N devices: legal, measured",
     "explain": "where each tensor lies under a layout, and what each collective is for",
 }
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(HELP.format(verbs="\n".join(f"  {verb:<10} {what}" for verb, what in VERBS.items())), end="")
+        print(HELP.format(verbs="\n".join(f"  {verb:<12} {what}" for verb, what in VERBS.items())), end="")
         return 0
     if argv[0] == "--version":
         print(f"jaxllm {importlib.metadata.version('jaxllm')}")

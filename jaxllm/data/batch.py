@@ -50,6 +50,7 @@ class BatchKind:
 
     make_row: MakeRow
     special_tokens: tuple[str, ...] = ()  # of a tokenizer that is trained for it
+    examples: bool = False  # what is packed are examples (jaxllm/data/examples.py), whole, learned in part
 
 
 def packed_row(row: Batch, random: np.random.RandomState, vocabulary: Vocabulary, config: DataConfig) -> Batch:
@@ -58,6 +59,7 @@ def packed_row(row: Batch, random: np.random.RandomState, vocabulary: Vocabulary
 
 
 PACKED = BatchKind(packed_row)
+EXAMPLES = BatchKind(packed_row, examples=True)
 
 
 def row_random(seed: int, number: int) -> np.random.RandomState:

@@ -1,11 +1,13 @@
 """Chat templates: how a conversation becomes the text that a model was trained on, in Jinja, as transformers does it.
 
 A template comes with a tokenizer and is somebody else's program, so it runs in Jinja's sandbox. It writes all special
-tokens itself, bos included: encode its text with `special=True` and put no bos in front.
+tokens itself, bos included: encode its text with `special=True` and put no bos in front. A few are built in, for
+tokenizers that come without one.
 """
 
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -18,10 +20,19 @@ import jinja2.parser
 import jinja2.runtime
 import jinja2.sandbox
 
-from jaxllm.errors import UserError
+from jaxllm.errors import UserError, did_you_mean
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "…"}, and whatever else a template knows
 TEMPLATE_FILE = "chat_template.jinja"
+# The built-in templates, and the special tokens that they write by name, beside the tokenizer's own bos and eos.
+BUILT_IN = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "zephyr": (),
+    "plain": (),
+}
+_BUILT_IN_FOLDER = Path(__file__).parent / "chat_templates"
+_GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 SPANS = "jaxllm_generation_spans"  # the variable by which {% generation %} blocks know where to note themselves
 
 
@@ -36,7 +47,12 @@ class ChatTemplate:
     """A template and the names of the special tokens it may write (`bos_token`, `eos_token`, …)."""
 
     def __init__(self, source: str, variables: Mapping[str, str], name: str = "the chat template"):
-        self.source, self._variables, self._name = source, dict(variables), name
+        self.source, self.variables, self._name = source, dict(variables), name
+
+    @property
+    def marks_answers(self) -> bool:
+        """Whether {% generation %} blocks say what the assistant writes."""
+        return _GENERATION_BLOCK.search(self.source) is not None
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, **variables: Any) -> Rendered:
         """The text of `messages`.
@@ -52,7 +68,7 @@ class ChatTemplate:
         messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
         spans: list[tuple[int, int]] = []
         blocks: list[str] = []
-        given = {"tools": None, "documents": None, **self._variables, **variables, SPANS: _note(blocks, spans)}
+        given = {"tools": None, "documents": None, **self.variables, **variables, SPANS: _note(blocks, spans)}
         try:
             for block in self._template.generate(
                 messages=messages, add_generation_prompt=add_generation_prompt, **given
@@ -75,6 +91,22 @@ class ChatTemplate:
         line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
         return UserError(f"{self._name}{line}: {kind}{error}".rstrip())
+
+
+def named_template(name: str) -> str | None:
+    """The source of `config.data.chat_template`: one that is built in, or a file; None of "", the tokenizer's own.
+
+    Raises:
+      UserError: neither built in nor a file that can be read.
+    """
+    if not name:
+        return None
+    if name in BUILT_IN:
+        return (_BUILT_IN_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    if not Path(name).is_file():
+        hint = "no such file." if name.endswith(".jinja") else did_you_mean(name, [*BUILT_IN, "FILE.jinja"])
+        raise UserError(f"config.data.chat_template={name!r}: {hint}")
+    return find_template(Path(name).read_bytes(), {}, Path(name).parent)
 
 
 def find_template(content: bytes | None, config: Mapping[str, Any], folder: Path) -> str | None:

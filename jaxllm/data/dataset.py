@@ -9,30 +9,37 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import grain
 import jax
 import numpy as np
-import rich.console
-import rich.progress
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from jaxllm.config import one_of
 from jaxllm.data import shards
 from jaxllm.data.batch import PACKED, Batch, BatchKind, Vocabulary, row_random
-from jaxllm.data.config import DataConfig
+from jaxllm.data.chat_template import named_template
+from jaxllm.data.config import SUPERVISE, TRUNCATION, DataConfig
+from jaxllm.data.example_streams import (
+    ExamplePiece,
+    check_lengths,
+    read_pieces,
+    taken_examples,
+    write_example_streams,
+)
+from jaxllm.data.examples import parse_fields
 from jaxllm.data.held_out import HeldOut, Piece, read_held_out, split_documents
 from jaxllm.data.loader import DeviceBatches, EvaluationRows, Rows, StepRows, TrainLoader
-from jaxllm.data.packing import PACKINGS, EvaluationWindows, empty_row
+from jaxllm.data.open_tokenizer import nothing_to_train_on, open_tokenizer
+from jaxllm.data.packing import PACKINGS, EvaluationWindows, Examples, Packing, check_packing, empty_row
+from jaxllm.data.progress import Bar, no_progress_bar, progress_bar
 from jaxllm.data.sources import Component, Source, kind_of, open_components, open_source
-from jaxllm.data.tokenizer import Tokenizer, load_tokenizer
-from jaxllm.data.tokenizer_training import SAMPLE_BYTES, parse_tokenizer, sample_passages, train_tokenizer
+from jaxllm.data.supervision import ExampleEncoder
+from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import UserError
 
 T = TypeVar("T")
@@ -98,16 +105,30 @@ class Dataset:
             "shuffle": self.config.shuffle,
             "seed": seed,
         }
+        if self.kind.examples:
+            identity["truncation"] = self.config.truncation
         rows = self._step_rows(rows, seed)
         return TrainLoader(rows, sharding, batch_size=batch_size, length=self.length, identity=identity)
 
     def rows_an_epoch(self, seed: int = 0) -> int:
         """Rows after which every token was read about once (in a mixture: those of all components)."""
-        return sum(len(self._rows(stream, seed)) for stream in self.train)
+        return sum(packing.num_rows for packing in self._packings.values())
+
+    @functools.cached_property
+    def _packings(self) -> dict[shards.TokenStream, Packing]:
+        """Of the streams that are trained on."""
+        if self.kind.examples:
+            return {stream: self._example_rows(stream) for stream in self.train}
+        pack = PACKINGS[self.config.packing]
+        return {stream: pack(stream.document_starts, self.length) for stream in self.train}
+
+    def _example_rows(self, stream: shards.TokenStream, mixed: bool = False) -> Examples:
+        taken = taken_examples(stream, self.length, self.config.truncation).numbers
+        together = self.config.packing != "none"
+        return Examples(stream.document_starts, self.length, taken=taken, together=together, mixed=mixed)
 
     def _rows(self, stream: shards.TokenStream, seed: int) -> Rows:
-        packing = PACKINGS[self.config.packing](stream.document_starts, self.length)
-        pad_id = self.tokenizer.pad_id or 0
+        packing, pad_id = self._packings[stream], self.tokenizer.pad_id or 0
         return Rows(stream, packing, length=self.length, pad_id=pad_id, seed=seed, shuffle=self.config.shuffle)
 
     def _step_rows(self, rows: grain.MapDataset[Batch], seed: int) -> StepRows:
@@ -132,11 +153,16 @@ class Dataset:
 
     def _eval_rows(self, batch_size: int) -> EvaluationRows:
         overlap = self.config.eval_overlap or self.length // 2
-        parts = [(s, EvaluationWindows(s.document_starts, self.length, overlap)) for s in self.held_out]
+        if self.kind.examples:
+            parts = [(s, self._example_rows(s, mixed=True)) for s in self.held_out]
+        else:
+            parts = [(s, EvaluationWindows(s.document_starts, self.length, overlap)) for s in self.held_out]
         return EvaluationRows(parts, length=self.length, pad_id=self.tokenizer.pad_id or 0, multiple=batch_size)
 
     def describe(self) -> list[str]:
         """Lines to print at the start of a run."""
+        if self.kind.examples:
+            return [f"tokenizer: {self.tokenizer.vocab_size:,} pieces", *self._describe_examples()]
         characters = sum(stream.index.characters for stream in self.train)
         lines = [
             f"tokenizer: {self.tokenizer.vocab_size:,} pieces",
@@ -151,6 +177,34 @@ class Dataset:
         )
         if share > 0.5:
             lines.append(f"warning: config.data.held_out={self.config.held_out!r} holds out more than half of the text")
+        return lines
+
+    def _describe_examples(self) -> list[str]:
+        lines = []
+        for name, streams in {"train": self.train, "held out": self.held_out}.items():
+            taken = [taken_examples(stream, self.length, self.config.truncation) for stream in streams]
+            packings = [self._packings.get(stream) or self._example_rows(stream) for stream in streams]
+            tokens = sum(stream.index.tokens for stream in streams)
+            learned = sum(stream.index.supervised or 0 for stream in streams)
+            rows = sum(packing.num_rows for packing in packings)
+            filled = sum(packing.filled * packing.num_rows for packing in packings) / max(rows, 1)
+            lines.append(
+                f"{name}: {sum(stream.index.documents for stream in streams):,} examples, {tokens:,} tokens, "
+                f"{learned:,} of them learned; {rows:,} rows of {self.length:,}, {filled:.1%} of their slots filled"
+                if streams
+                else f"{name}: nothing"
+            )
+            cut, dropped = (sum(counts) for counts in zip(*[t[1:] for t in taken], strict=True)) if taken else (0, 0)
+            if cut or dropped:
+                lines.append(
+                    f"{name}: longer than a row: {cut:,} cut, {dropped:,} left out "
+                    f"(config.data.truncation={self.config.truncation})"
+                )
+        if not ExampleEncoder(self.tokenizer, self.config.supervise).learns_to_stop():
+            lines.append(
+                "warning: no token that ends an answer is in the {% generation %} blocks of the chat template, so the "
+                "model will not learn to stop"
+            )
         return lines
 
 
@@ -176,28 +230,30 @@ def prepare(
     Raises:
       UserError: everything that can be wrong with config, files and text.
     """
-    _check(config, length)
+    _check(config, length, kind)
     held_out = read_held_out(config.held_out)
     components = open_components(config)
     if held_out.kind == "file":
         _refuse_held_out_in_training(held_out, components, config.field)
-    if held_out.kind == "marker" and len(components) > 1:
-        raise UserError("config.data.held_out of a mixture is a fraction or file:PATH, not a text to search for.")
+    if held_out.kind == "marker" and (len(components) > 1 or kind.examples):
+        what = "examples" if kind.examples else "a mixture"
+        raise UserError(f"config.data.held_out of {what} is a fraction or file:PATH, not a text to search for.")
     cache = shards.cache_folder(config.cache)
-    bar = _progress_bar if progress else _no_progress_bar
+    bar = progress_bar if progress else no_progress_bar
     threads = num_threads or -1
 
     def make() -> Dataset:
-        tokenizer = _tokenizer(config, components, held_out, kind.special_tokens, cache, bar)
+        tokenizer = open_tokenizer(config, components, held_out, kind, cache, bar)
         # One row, so that what the tokenizer lacks is told before it is used.
         kind.make_row(empty_row(length, 0), row_random(0, 0), Vocabulary.of(tokenizer), config)
-        folders = [_tokens(c.source, held_out, tokenizer, cache, bar, threads) for c in components]
+        write = functools.partial(_example_tokens, length=length) if kind.examples else _tokens
+        folders = [write(c.source, held_out, tokenizer, config, cache, bar, threads) for c in components]
         train = [folder / "train" for folder in folders if (folder / "train").exists()]
         if len(train) < len(folders):
-            raise _nothing_to_train_on(config)
+            raise nothing_to_train_on(config)
         if held_out.kind == "file":
             source = open_source(kind_of(held_out.path), held_out.path, config.field)
-            folders = [_tokens(source, held_out, tokenizer, cache, bar, threads, all_held_out=True)]
+            folders = [write(source, held_out, tokenizer, config, cache, bar, threads, all_held_out=True)]
         test = [folder / "held_out" for folder in folders if (folder / "held_out").exists()]
         if held_out.kind != "none" and not test:
             raise UserError(f"config.data.held_out={config.held_out!r} holds out nothing: there is too little text.")
@@ -211,8 +267,12 @@ def _open(folders: Sequence[Path]) -> tuple[shards.TokenStream, ...]:
     return tuple(map(shards.TokenStream, folders))
 
 
-def _check(config: DataConfig, length: int) -> None:
-    one_of("config.data.packing", config.packing, PACKINGS)
+def _check(config: DataConfig, length: int, kind: BatchKind) -> None:
+    check_packing(config, kind)
+    one_of("config.data.supervise", config.supervise, SUPERVISE)
+    one_of("config.data.truncation", config.truncation, TRUNCATION)
+    parse_fields(config.fields)
+    named_template(config.chat_template)
     if length < 2:
         raise UserError(f"config.data.length={length} must be 2 or more.")
     if not 0 <= config.eval_overlap < length:
@@ -234,57 +294,13 @@ def _refuse_held_out_in_training(held_out: HeldOut, components: Sequence[Compone
         )
 
 
-def _tokenizer(
-    config: DataConfig,
-    components: Sequence[Component],
-    held_out: HeldOut,
-    specials: Sequence[str],
-    cache: Path,
-    bar: "Bar",
-) -> Tokenizer:
-    """Loads `config.tokenizer`, or trains it on the training part, each component in proportion to its weight."""
-    spec = parse_tokenizer(config.tokenizer)
-    if spec is None:
-        return load_tokenizer(config.tokenizer)
-    kind, vocab_size = spec
-    identity = [[c.source.identity(), c.weight] for c in components]
-    split = [held_out.kind, held_out.fraction, held_out.marker]
-    key = shards.cache_key("tokenizer", identity, split, kind, vocab_size, version("sentencepiece"), *specials)
-
-    def train(folder: Path) -> None:
-        whole = sum(component.weight for component in components)
-        with bar(f"learning {vocab_size:,} pieces") as report:
-            passages = [
-                passage
-                for component in components
-                for passage in sample_passages(
-                    _train_texts(component.source, held_out, report), int(SAMPLE_BYTES * component.weight / whole)
-                )
-            ]
-            if not passages:
-                raise _nothing_to_train_on(config)
-            train_tokenizer(passages, kind=kind, vocab_size=vocab_size, specials=specials).save(folder)
-
-    return load_tokenizer(shards.cached(cache, f"tokenizer-{key}", train))
-
-
-def _nothing_to_train_on(config: DataConfig) -> UserError:
-    return UserError(f"config.data.held_out={config.held_out!r} leaves no text to train on.")
-
-
-def _train_texts(source: Source, held_out: HeldOut, report: Callable[[float], None]) -> Iterator[str]:
-    for piece in split_documents(source, held_out):
-        if not piece.held_out:
-            yield piece.text
-        report(piece.progress)
-
-
 def _tokens(
     source: Source,
     held_out: HeldOut,
     tokenizer: Tokenizer,
+    config: DataConfig,
     cache: Path,
-    bar: "Bar",
+    bar: Bar,
     threads: int,
     all_held_out: bool = False,
 ) -> Path:
@@ -304,6 +320,37 @@ def _tokens(
     return shards.cached(cache, f"tokens-{key}", write)
 
 
+def _example_tokens(
+    source: Source,
+    held_out: HeldOut,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    cache: Path,
+    bar: Bar,
+    threads: int,
+    all_held_out: bool = False,
+    *,
+    length: int,
+) -> Path:
+    """The same of examples; those that rows of `length` tokens do not hold are refused where the config says so."""
+    encoder = ExampleEncoder(tokenizer, config.supervise)
+    split = "all" if all_held_out else [held_out.kind, held_out.fraction]
+    key = shards.cache_key("examples", source.identity(), split, config.fields, *encoder.identity)
+
+    def pieces() -> Iterator[ExamplePiece]:
+        read = read_pieces(source, held_out, config.fields)
+        return (piece._replace(held_out=True) for piece in read) if all_held_out else read
+
+    def write(folder: Path) -> None:
+        with bar("tokenising") as report:
+            write_example_streams(folder, pieces(), encoder, num_threads=threads, report=report)
+
+    folder = shards.cached(cache, f"tokens-{key}", write)
+    for split in filter(Path.exists, (folder / name for name in shards.SPLITS)):
+        check_lengths(shards.TokenStream(split), length, config.truncation, pieces, split.name == "held_out")
+    return folder
+
+
 def _first_process_first(make: Callable[[], T]) -> T:
     """`make()`, in the other processes after the first has done it. Where one fails, all do: none waits for it."""
     if jax.process_count() == 1:
@@ -320,19 +367,3 @@ def _first_process_first(make: Callable[[], T]) -> T:
         if failed.any():
             raise UserError(f"process {int(np.argmax(failed))} could not prepare the data; it says why.")
     return made
-
-
-Bar = Callable[[str], "contextmanager[Callable[[float], None]]"]
-
-
-@contextmanager
-def _progress_bar(what: str) -> Iterator[Callable[[float], None]]:
-    """A bar on stderr; the value it yields takes the part that is done, 0 to 1."""
-    with rich.progress.Progress(console=rich.console.Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=1.0)
-        yield lambda done: bar.update(task, completed=done)
-
-
-@contextmanager
-def _no_progress_bar(what: str) -> Iterator[Callable[[float], None]]:
-    yield lambda done: None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from jaxllm.data.sources import Source
+from jaxllm.data.sources import Record, Source
 from jaxllm.errors import UserError
 
 
@@ -52,6 +52,11 @@ class Piece(NamedTuple):
     ends: bool  # false where the document goes on in the other split
     progress: float
 
+    @property
+    def size(self) -> int:
+        """Characters."""
+        return len(self.text)
+
 
 def split_documents(source: Source, held_out: HeldOut) -> Iterator[Piece]:
     """The documents of `source`, each said to be held out or not; a text in which the split falls is cut in two.
@@ -72,14 +77,30 @@ def split_documents(source: Source, held_out: HeldOut) -> Iterator[Piece]:
     return (Piece(d.text, False, True, d.progress) for d in source.documents())
 
 
+def split_records(source: Source, held_out: HeldOut) -> Iterator[tuple[Record, bool]]:
+    """The records of `source`, each said to be held out or not. None is ever cut.
+
+    A fraction f: one of every 1/f in a row as `split_documents` chooses it; with fewer than 1/f records, one of them.
+    """
+    if held_out.kind != "fraction":
+        return ((record, False) for record in source.records())
+    needed = math.ceil(1 / held_out.fraction)
+    count = sum(1 for _ in itertools.islice(source.records(), needed))
+    return zip(source.records(), _chosen(1 / count if count < needed else held_out.fraction), strict=False)
+
+
 def _every(source: Source, fraction: float) -> Iterator[Piece]:
-    block, start, end, chosen = -1, 0, 0, -1
-    for i, document in enumerate(source.documents()):
-        if i == end:
-            block += 1
-            start, end = end, max(math.ceil((block + 1) / fraction), end + 1)
-            chosen = start + int.from_bytes(hashlib.sha256(b"%d" % block).digest()[:8]) % (end - start)
-        yield Piece(document.text, i == chosen, True, document.progress)
+    for document, chosen in zip(source.documents(), _chosen(fraction), strict=False):
+        yield Piece(document.text, chosen, True, document.progress)
+
+
+def _chosen(fraction: float) -> Iterator[bool]:
+    """Without end: in each block of about 1/`fraction` one is true, chosen by a hash of the block's number."""
+    end = 0
+    for block in itertools.count():
+        start, end = end, max(math.ceil((block + 1) / fraction), end + 1)
+        chosen = start + int.from_bytes(hashlib.sha256(b"%d" % block).digest()[:8]) % (end - start)
+        yield from (i == chosen for i in range(start, end))
 
 
 def _tails(source: Source, fraction: float) -> Iterator[Piece]:

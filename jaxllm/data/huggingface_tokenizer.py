@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 from jaxllm.data.chat_template import TEMPLATE_FILE, ChatTemplate, find_template
 from jaxllm.data.token_bytes import bytes_of_tokens
-from jaxllm.data.tokenizer import Tokenizer, write_files
+from jaxllm.data.tokenizer import Encoded, Tokenizer, write_files
 from jaxllm.data.tokenizer_files import CARRIED, CONFIG_FILE, FILES, GENERATION_FILE, JSON_FILE, TOKEN_IDS
 from jaxllm.errors import UserError
 
@@ -64,7 +65,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, files: Mapping[str, bytes], file: Path = Path(JSON_FILE)):
         """`files`: contents by name, tokenizer.json among them; `file`: where that was read, for messages."""
-        self._files = dict(files)
+        self._files, self._file = dict(files), file
         folder = file.parent
         config = _json(files, CONFIG_FILE, folder)
         generation = _json(files, GENERATION_FILE, folder)
@@ -119,11 +120,11 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eos_id = first("eos", "sep", default=behind)
         self.pad_id = first("pad")
         self.mask_id = first("mask")
-        self._end_ids = frozenset([*generated("eos"), *super().end_ids])
+        self._generated_end_ids = frozenset(generated("eos"))
 
     @property
     def end_ids(self) -> frozenset[int]:
-        return self._end_ids
+        return self._generated_end_ids | super().end_ids
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int | None = None) -> list[list[int]]:
         """The ids of each text; with `num_threads` other than 1 in as many threads as the package takes (all cores)."""
@@ -172,8 +173,28 @@ class HuggingFaceTokenizer(Tokenizer):
                 return at, at + 1
         return None
 
+    def encode_with_extents(
+        self,
+        texts: Sequence[str],
+        cuts: Sequence[Sequence[int]],
+        *,
+        special: bool = False,
+        num_threads: int | None = None,
+    ) -> list[Encoded]:
+        model = self._templated if special else self._plain
+        made = []
+        for encoding in model.encode_batch(list(texts), add_special_tokens=False):
+            offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+            made.append(Encoded(encoding.ids, offsets[:, 0], offsets[:, 1]))
+        return made
+
     def token_bytes(self, token: int) -> bytes:
         return self._bytes[token]
+
+    def with_template(self, source: str) -> "HuggingFaceTokenizer":
+        other = HuggingFaceTokenizer({**self._files, TEMPLATE_FILE: source.encode()}, self._file)
+        other.chat_template = ChatTemplate(source, other.chat_template.variables)  # not that of the folder
+        return other
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes all files of the tokenizer unchanged, chat template included."""

@@ -46,7 +46,8 @@ class Rows(grain.MapDataset[Batch]):
         if isinstance(index, slice):
             return self.slice(index)
         row, rotation = self.order(index)
-        return fill_row(self._stream.read, self._packing.spans(row, rotation), self._length, self._pad_id)
+        spans, stream = self._packing.spans(row, rotation), self._stream
+        return fill_row(stream.read, spans, self._length, self._pad_id, stream.is_supervised)
 
     def order(self, index: int) -> tuple[int, int]:
         """(row of the packing, rotation of its epoch) at position `index`."""
@@ -80,7 +81,7 @@ class EvaluationRows(grain.MapDataset[Batch]):
             return empty_row(self._length, self._pad_id)
         stream, packing = self._parts[part]
         row = index - (int(self._ends[part - 1]) if part else 0)
-        return fill_row(stream.read, packing.spans(row, 0), self._length, self._pad_id)
+        return fill_row(stream.read, packing.spans(row, 0), self._length, self._pad_id, stream.is_supervised)
 
 
 class StepRows(grain.MapDataset[Any]):

@@ -4,10 +4,12 @@ A stream is a folder:
 
     index.json                what is in it; written last
     documents.npy             int64 [documents + 1]: where each document starts in the stream, and the stream's length
+    supervised.npy            of examples: int64 [ranges, 2], the tokens that are learned, start to end, in order
     tokens-00000.arrayrecord  records of RECORD tokens each (the last shorter), little-endian uint16 or uint32
 
 A document is bos, its text, eos (bos and eos where the tokenizer has them); one cut in two by the held-out split ends
-without eos in its first part. Records cut documents anywhere; documents.npy knows where they begin.
+without eos in its first part. An example is a document, too. Records cut documents anywhere; documents.npy knows where
+they begin.
 """
 
 import contextlib
@@ -20,14 +22,15 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import grain
 import numpy as np
 from array_record.python import array_record_module
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from jaxllm.data.held_out import Piece
+from jaxllm.data.supervision import EncodedExample
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import UserError
 
@@ -35,8 +38,18 @@ VERSION = 1
 RECORD = 8192  # tokens: what one random read costs
 SHARD = 1 << 28  # tokens a file
 BATCH = 1 << 22  # characters tokenised at once, by all threads
-INDEX, DOCUMENTS = "index.json", "documents.npy"
+INDEX, DOCUMENTS, SUPERVISED = "index.json", "documents.npy", "supervised.npy"
 SPLITS = ("train", "held_out")
+
+
+class Sized(Protocol):
+    """What is tokenised in batches of about a size."""
+
+    @property
+    def size(self) -> int: ...  # characters
+
+
+SomeSized = TypeVar("SomeSized", bound=Sized)
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,7 @@ class StreamIndex:
     digest: str  # sha256 of all tokens and document starts
     files: dict[str, int]  # sizes in bytes
     version: int = VERSION
+    supervised: int | None = None  # tokens that are learned; None: all but the first of a document
 
 
 class TokenStream:
@@ -60,7 +74,11 @@ class TokenStream:
         """Opens the stream in `folder`. UserError where a file of it is missing or cut off."""
         self.index = _read_index(folder)
         self.document_starts: Int[np.ndarray, " documents+1"] = np.load(folder / DOCUMENTS, mmap_mode="r")
-        shards = [str(folder / name) for name in sorted(self.index.files) if name != DOCUMENTS]
+        # Ranges of tokens, in order; None where all are learned.
+        self.supervised: Int[np.ndarray, "ranges 2"] | None = None
+        if SUPERVISED in self.index.files:
+            self.supervised = np.load(folder / SUPERVISED, mmap_mode="r")
+        shards = [str(folder / name) for name in sorted(self.index.files) if name not in (DOCUMENTS, SUPERVISED)]
         self._records = grain.sources.ArrayRecordDataSource(shards)
 
     def read(self, start: int, length: int) -> Int[np.ndarray, " length"]:
@@ -71,6 +89,17 @@ class TokenStream:
         records = [np.frombuffer(self._records[i], self.index.dtype) for i in range(first, last + 1)]
         tokens = np.concatenate(records) if len(records) > 1 else records[0]
         return tokens[start - first * RECORD :][:length].astype(np.int32)
+
+    def is_supervised(self, start: int, length: int) -> Bool[np.ndarray, " length"]:
+        """Which of the tokens start to start + length are learned. Thread-safe."""
+        if self.supervised is None:
+            return np.ones(length, bool)
+        learned = np.zeros(length, bool)
+        first = np.searchsorted(self.supervised[:, 1], start, side="right")
+        last = np.searchsorted(self.supervised[:, 0], start + length)
+        for begin, end in self.supervised[first:last] - start:
+            learned[max(begin, 0) : end] = True
+        return learned
 
 
 def _read_index(folder: Path) -> StreamIndex:
@@ -96,11 +125,17 @@ class StreamWriter:
     def __init__(self, folder: Path, dtype: str):
         folder.mkdir(parents=True)
         self._folder, self._dtype = folder, np.dtype(dtype)
-        self._starts, self._hash = array("q", [0]), hashlib.sha256()
+        self._starts, self._supervised, self._hash = array("q", [0]), array("q"), hashlib.sha256()
         self._buffer: list[np.ndarray] = []
         self._buffered = self._written = self._characters = self._bytes = 0
         self._writer: array_record_module.ArrayRecordWriter | None = None
         self._files: list[str] = []
+
+    def add_example(self, example: EncodedExample) -> None:
+        """Appends an example. A stream is of examples or of documents of which all is learned, not of both."""
+        start = self._starts[-1]
+        self._supervised.extend(start + place for places in example.supervised for place in places)
+        self.add(example.tokens, example.text)
 
     def add(self, tokens: Sequence[int], text: str) -> None:
         """Appends a document."""
@@ -149,6 +184,11 @@ class StreamWriter:
         starts = np.frombuffer(self._starts, np.int64)
         np.save(self._folder / DOCUMENTS, starts)
         self._hash.update(starts.tobytes())
+        arrays, supervised = [DOCUMENTS], np.frombuffer(self._supervised, np.int64).reshape(-1, 2)
+        if len(supervised):
+            arrays.append(SUPERVISED)
+            np.save(self._folder / SUPERVISED, supervised)
+            self._hash.update(supervised.tobytes())
         index = StreamIndex(
             tokens=int(starts[-1]),
             documents=len(starts) - 1,
@@ -156,7 +196,8 @@ class StreamWriter:
             bytes=self._bytes,
             dtype=self._dtype.newbyteorder("<").str,
             digest=self._hash.hexdigest(),
-            files={name: (self._folder / name).stat().st_size for name in [DOCUMENTS, *self._files]},
+            files={name: (self._folder / name).stat().st_size for name in [*arrays, *self._files]},
+            supervised=int(np.diff(supervised).sum()) if len(supervised) else None,
         )
         (self._folder / INDEX).write_text(json.dumps(asdict(index), indent=1))
         return index
@@ -175,31 +216,45 @@ def write_streams(
     folder: Path, pieces: Iterable[Piece], tokenizer: Tokenizer, *, num_threads: int, report: Callable[[float], None]
 ) -> None:
     """Tokenises `pieces` into the streams `folder`/train and `folder`/held_out; a split without text has no folder."""
-    dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-    writers: dict[str, StreamWriter] = {}
+    writers = SplitWriters(folder, tokenizer)
     start = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
     end = [tokenizer.eos_id] if tokenizer.eos_id is not None else []
-    for batch in _batches(pieces):
+    for batch in in_batches(pieces):
         ids = tokenizer.encode_batch([piece.text for piece in batch], num_threads=num_threads)
         for piece, tokens in zip(batch, ids, strict=True):
-            split = SPLITS[piece.held_out]
-            if split not in writers:
-                writers[split] = StreamWriter(folder / split, dtype)
-            writers[split].add([*start, *tokens, *(end if piece.ends else [])], piece.text)
+            writers[piece.held_out].add([*start, *tokens, *(end if piece.ends else [])], piece.text)
         report(batch[-1].progress)
-    for writer in writers.values():
-        writer.close()
+    writers.close()
 
 
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
-    characters = 0
+class SplitWriters:
+    """The writers of both splits, each made when there is something for it."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer):
+        self._folder, self._dtype = folder, "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+        self._writers: dict[str, StreamWriter] = {}
+
+    def __getitem__(self, held_out: bool) -> StreamWriter:
+        split = SPLITS[held_out]
+        if split not in self._writers:
+            self._writers[split] = StreamWriter(self._folder / split, self._dtype)
+        return self._writers[split]
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+
+def in_batches(pieces: Iterable[SomeSized], characters: int = BATCH) -> Iterator[list[SomeSized]]:
+    """`pieces` in lists of about so many characters."""
+    batch: list[SomeSized] = []
+    seen = 0
     for piece in pieces:
         batch.append(piece)
-        characters += len(piece.text)
-        if characters >= BATCH:
+        seen += piece.size
+        if seen >= characters:
             yield batch
-            batch, characters = [], 0
+            batch, seen = [], 0
     if batch:
         yield batch
 

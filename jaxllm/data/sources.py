@@ -1,9 +1,10 @@
 """Sources of documents: text, jsonl, parquet, ArrayRecord, tfds. `SOURCES` is the registry; a new kind is one entry.
 
 A source yields its documents in a fixed order, each time it is asked, and raises `UserError` (with file and line or
-record) for anything that is not a document.
+record) for anything that is not a document. It yields whole records, too, for examples (jaxllm/data/examples.py).
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -23,10 +24,23 @@ class Document(NamedTuple):
     file: str = ""  # the file it is in, as it was found
 
 
+class Record(NamedTuple):
+    """A JSON-like value and where it is from."""
+
+    value: Any
+    origin: str
+    progress: float = 1.0
+    file: str = ""
+
+
 class Source(Protocol):
     """Documents that can be read again and again."""
 
+    field: str  # of a record that holds the text
+
     def documents(self) -> Iterator[Document]: ...
+
+    def records(self) -> Iterator[Record]: ...
 
     def identity(self) -> list[Any]:
         """JSON-able; changes when the documents may have changed."""
@@ -34,29 +48,49 @@ class Source(Protocol):
 
 
 class FileSource:
-    """Files read one after the other by `read(file, field, report) -> documents`."""
+    """Files read one after the other."""
 
-    def __init__(self, kind: str, path: str, field: str, suffixes: Sequence[str], read: Callable[..., Iterator]):
-        self.kind, self.field, self._read = kind, field, read
-        self.files = files.find_files(path, suffixes, f"{kind} files")
+    def __init__(self, kind: str, path: str, field: str):
+        self.kind, self.field, self._read = kind, field, SOURCES[kind]
+        self.files = files.find_files(path, self._read.suffixes, f"{kind} files")
         self.path = path
 
     def documents(self) -> Iterator[Document]:
-        total, before, empty = max(files.total_bytes(self.files), 1), 0, True
-        for file in self.files:
-            for text, origin, position in self._read(file, self.field):
-                empty = empty and not text.strip()
-                if text:
-                    yield Document(text, origin, min((before + position) / total, 1.0), str(file.path))
-            before += file.path.stat().st_size
+        empty = True
+        for text, origin, progress, file in self._through(lambda file: self._read.texts(file, self.field)):
+            empty = empty and not text.strip()
+            if text:
+                yield Document(text, origin, progress, file)
         if empty:
             raise UserError(f"{self.path}: no document: there is no text in it.")
+
+    def records(self) -> Iterator[Record]:
+        if self._read.records is None:
+            kinds = ", ".join(kind for kind, read in SOURCES.items() if read.records)
+            raise UserError(
+                f"{self.path}: a file of kind {self.kind} holds no examples. Set config.data.source to {kinds} or tfds."
+            )
+        empty = True
+        for record in itertools.starmap(Record, self._through(self._read.records)):
+            empty = False
+            yield record
+        if empty:
+            raise UserError(f"{self.path}: no example: there is nothing in it.")
+
+    def _through(self, read: Callable[[files.InputFile], Iterator]) -> Iterator[tuple[Any, str, float, str]]:
+        """What `read` yields of each file, with the part of all files that is read with it, and the file."""
+        total, before = max(files.total_bytes(self.files), 1), 0
+        for file in self.files:
+            for value, origin, position in read(file):
+                yield value, origin, min((before + position) / total, 1.0), str(file.path)
+            before += file.path.stat().st_size
 
     def identity(self) -> list[Any]:
         return [self.kind, self.field, files.identity(self.files)]
 
 
 Read = Iterator[tuple[str, str, int]]  # text, origin, bytes of the file read so far
+ReadRecords = Iterator[tuple[Any, str, int]]  # record, origin, bytes of the file read so far
 
 
 def read_text(file: files.InputFile, field: str) -> Read:
@@ -75,7 +109,7 @@ def read_jsonl(file: files.InputFile, field: str) -> Read:
         yield text_field(record, field, where), where, position
 
 
-def read_records(file: files.InputFile) -> Iterator[tuple[Any, str, int]]:
+def read_records(file: files.InputFile) -> ReadRecords:
     """The JSON value of each line that is not blank, its origin ("a.jsonl:17"), and the bytes of the file read so far.
 
     Raises:
@@ -124,6 +158,16 @@ def text_field(record: Any, field: str, where: str) -> str:
 
 def read_parquet(file: files.InputFile, field: str) -> Read:
     """One row a document, from the column `field`."""
+    for record, where, position in _parquet_rows(file, field):
+        yield text_field(record, field, where), where, position
+
+
+def read_parquet_records(file: files.InputFile) -> ReadRecords:
+    """One row a record, of all columns."""
+    return _parquet_rows(file, None)
+
+
+def _parquet_rows(file: files.InputFile, column: str | None) -> ReadRecords:
     import pyarrow
     import pyarrow.parquet
 
@@ -131,38 +175,49 @@ def read_parquet(file: files.InputFile, field: str) -> Read:
     try:
         table = pyarrow.parquet.ParquetFile(file.path)
         names = table.schema_arrow.names
-        if field not in names:
-            raise UserError(f"{file.path}: no column '{field}'. There are: {', '.join(names)}. Set config.data.field.")
+        if column is not None and column not in names:
+            raise UserError(f"{file.path}: no column '{column}'. There are: {', '.join(names)}. Set config.data.field.")
         size = file.path.stat().st_size
-        for batch in table.iter_batches(batch_size=1024, columns=[field]):
-            for value in batch.column(0).to_pylist():
-                where = f"{file.path}: row {row}"
-                yield text_field({field: value}, field, where), where, size * (row + 1) // table.metadata.num_rows
+        for batch in table.iter_batches(batch_size=1024, columns=None if column is None else [column]):
+            for record in batch.to_pylist():
+                yield record, f"{file.path}: row {row}", size * (row + 1) // table.metadata.num_rows
                 row += 1
     except UnicodeDecodeError as error:
-        raise UserError(f"{file.path}: not UTF-8 in column '{field}', among the 1024 rows from {row} on.") from error
+        within = "" if column is None else f" in column '{column}'"
+        raise UserError(f"{file.path}: not UTF-8{within}, among the 1024 rows from {row} on.") from error
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file.path}: not a parquet file, or a broken one ({_first_line(error)}).") from error
 
 
 def read_arrayrecord(file: files.InputFile, field: str) -> Read:
     """One record a document: a JSON object with the field `field`, or the text itself where `field` is empty."""
+    hint = " For records that are plain text set --config.data.field=''."
+    for text, where, position in _arrayrecord_texts(file):
+        yield text_field(_json_object(text, where, hint), field, where) if field else text, where, position
+
+
+def read_arrayrecord_records(file: files.InputFile) -> ReadRecords:
+    """One JSON object a record."""
+    for text, where, position in _arrayrecord_texts(file):
+        yield _json_object(text, where), where, position
+
+
+def _json_object(text: str, where: str, hint: str = "") -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: no JSON object.{hint}") from error
+
+
+def _arrayrecord_texts(file: files.InputFile) -> Read:
     import grain
 
     size = file.path.stat().st_size
     try:
         records = grain.sources.ArrayRecordDataSource([str(file.path)])
         for i in range(len(records)):
-            where, data = f"{file.path}: record {i}", records[i]
-            text = files.decode_text(data, where)
-            if field:
-                try:
-                    text = text_field(json.loads(text), field, where)
-                except json.JSONDecodeError as error:
-                    raise UserError(
-                        f"{where}: no JSON object. For records that are plain text set --config.data.field=''."
-                    ) from error
-            yield text, where, size * (i + 1) // len(records)
+            where = f"{file.path}: record {i}"
+            yield files.decode_text(records[i], where), where, size * (i + 1) // len(records)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"{file.path}: not an ArrayRecord file, or a broken one ({_first_line(error)}).") from error
 
@@ -182,7 +237,7 @@ class TfdsSource:
         except Exception as error:  # tfds raises many kinds; a dataset's own module any
             raise UserError(f"config.data.source='tfds:{spec}': {_first_line(error)}") from error
 
-    def _records(self) -> Sequence[dict[str, Any]]:
+    def _all(self) -> Sequence[dict[str, Any]]:
         builder, where = self._builder, f"config.data.source='tfds:{self.spec}'"
         try:
             if not builder.is_prepared():
@@ -198,16 +253,19 @@ class TfdsSource:
             raise UserError(f"{where} in {builder.data_dir}: {_first_line(error)}") from error
 
     def documents(self) -> Iterator[Document]:
-        records = self._records()
+        for record in self.records():
+            if text := text_field(record.value, self.field, record.origin):
+                yield Document(text, record.origin, record.progress)
+
+    def records(self) -> Iterator[Record]:
+        records = self._all()
         if not len(records):
             raise UserError(f"config.data.source='tfds:{self.spec}': no document: the split is empty.")
         for i in range(len(records)):
-            where = f"tfds:{self.spec} record {i}"
-            if text := text_field(dict(records[i]), self.field, where):
-                yield Document(text, where, (i + 1) / len(records))
+            yield Record(dict(records[i]), f"tfds:{self.spec} record {i}", (i + 1) / len(records))
 
     def identity(self) -> list[Any]:
-        self._records()
+        self._all()
         info = self._builder.info
         size = int(info.dataset_size or 0)
         return ["tfds", info.full_name, self.split, self.field, str(self._builder.data_dir), size]
@@ -221,14 +279,15 @@ class Kind(NamedTuple):
     """How files of a kind are called and read."""
 
     suffixes: tuple[str, ...]
-    read: Callable[[files.InputFile, str], Read]
+    texts: Callable[[files.InputFile, str], Read]
+    records: Callable[[files.InputFile], ReadRecords] | None = None  # None: there is nothing but text
 
 
 SOURCES: dict[str, Kind] = {
     "text": Kind((".txt", ".text"), read_text),
-    "jsonl": Kind((".jsonl", ".ndjson"), read_jsonl),
-    "parquet": Kind((".parquet",), read_parquet),
-    "arrayrecord": Kind((".array_record", ".arrayrecord"), read_arrayrecord),
+    "jsonl": Kind((".jsonl", ".ndjson"), read_jsonl, read_records),
+    "parquet": Kind((".parquet",), read_parquet, read_parquet_records),
+    "arrayrecord": Kind((".array_record", ".arrayrecord"), read_arrayrecord, read_arrayrecord_records),
 }
 
 
@@ -249,7 +308,7 @@ def open_source(kind: str, path: str, field: str = "text") -> Source:
         raise UserError(
             f"'{kind}' is no source of data. {did_you_mean(kind, [*SOURCES, 'tfds:name:split', 'mixture'])}"
         )
-    return FileSource(kind, path, field, SOURCES[kind].suffixes, SOURCES[kind].read)
+    return FileSource(kind, path, field)
 
 
 def kind_of(path: str) -> str:

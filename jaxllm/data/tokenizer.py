@@ -8,12 +8,16 @@ import abc
 import codecs
 import functools
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import sentencepiece
+from jaxtyping import Int
 
 from jaxllm.data.chat_template import TEMPLATE_FILE, ChatTemplate, find_template
 from jaxllm.data.tokenizer_files import FILES, JSON_FILE, MODEL_FILE
@@ -21,7 +25,16 @@ from jaxllm.errors import UserError
 
 SPACE = "\u2581"  # how sentencepiece writes a space inside a piece
 CHUNK = 1 << 16  # characters encoded at once; a longer text is cut at a line end
+PROBE = "what an assistant says"  # to find in the text of a template
 UNKNOWN = "\ufffd".encode()
+
+
+class Encoded(NamedTuple):
+    """The tokens of a text, and of which of its characters each is a part. A character may be in several tokens."""
+
+    ids: list[int]
+    starts: Int[np.ndarray, " tokens"]
+    ends: Int[np.ndarray, " tokens"]  # exclusive
 
 
 class Tokenizer(abc.ABC):
@@ -39,8 +52,12 @@ class Tokenizer(abc.ABC):
 
     @property
     def end_ids(self) -> frozenset[int]:
-        """Every token that ends an answer; often an end of turn beside `eos_id`."""
-        return frozenset() if self.eos_id is None else frozenset({self.eos_id})
+        """Every token that ends an answer: eos, and what the chat template writes after the assistant's words."""
+        return frozenset({self.eos_id, self._end_of_turn_id} - {None})
+
+    @abc.abstractmethod
+    def with_template(self, source: str) -> "Tokenizer":
+        """The same tokenizer with another chat template."""
 
     @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str], *, num_threads: int | None = None) -> list[list[int]]:
@@ -66,6 +83,67 @@ class Tokenizer(abc.ABC):
         ids = iter(self.encode_batch(parts[::2], num_threads=1))
         return [token for i, part in enumerate(parts) for token in (next(ids) if i % 2 == 0 else [self.specials[part]])]
 
+    def encode_with_extents(
+        self,
+        texts: Sequence[str],
+        cuts: Sequence[Sequence[int]],
+        *,
+        special: bool = False,
+        num_threads: int | None = None,
+    ) -> list[Encoded]:
+        """The ids of each text as `encode` gives them, with their characters.
+
+        Args:
+          cuts: of each text, characters in front of which a token should begin. sentencepiece models that put no space
+            in front of a text keep to it, so that what comes before has the tokens that it has alone; a tokenizer.json
+            does not: its ids are those of transformers.
+
+        Raises:
+          UserError: a tokenizer that changes the text and does not say how.
+        """
+        parts = [list(self._parts(text, special, at)) for text, at in zip(texts, cuts, strict=True)]
+        plain = [part for row in parts for part, is_special in row if not is_special]
+        ids = iter(self.encode_batch(plain, num_threads=num_threads))
+        return [self._with_extents(row, ids) for row in parts]
+
+    def _parts(self, text: str, special: bool, cuts: Sequence[int]) -> Iterator[tuple[str, bool]]:
+        """(text to encode, False) and (name of a special token, True), in their order."""
+        at = 0
+        for i, part in enumerate(self._special_pattern.split(text) if special and self.specials else [text]):
+            inside = () if self.puts_space else [cut - at for cut in cuts if at < cut < at + len(part)]
+            bounds = [0, len(part)] if i % 2 else [0, *inside, len(part)]
+            yield from ((part[a:b], i % 2 == 1) for a, b in itertools.pairwise(bounds))
+            at += len(part)
+
+    def _with_extents(self, parts: Sequence[tuple[str, bool]], ids: Iterator[list[int]]) -> Encoded:
+        tokens: list[int] = []
+        extents, at = [np.zeros((2, 0), np.int64)], 0
+        for part, is_special in parts:
+            new = [self.specials[part]] if is_special else next(ids)
+            extents.append(at + (np.array([[0], [len(part)]]) if is_special else self._extents(part, new)))
+            tokens += new
+            at += len(part)
+        return Encoded(tokens, *np.concatenate(extents, axis=1))
+
+    def _extents(self, text: str, ids: Sequence[int]) -> Int[np.ndarray, "2 tokens"]:
+        """Where the characters of each token start and end in `text`, by the bytes that tokens stand for."""
+        pieces = [self.token_bytes(token) for token in ids]
+        if self.puts_space and pieces and pieces[0].startswith(b" "):
+            pieces[0] = pieces[0][1:]
+        data = text.encode()
+        if b"".join(pieces) != data:
+            raise UserError(
+                "this sentencepiece model changes the text, so that its tokens cannot be told from each other by "
+                f"characters. Use the tokenizer's {JSON_FILE}."
+            )
+        sizes = np.array([len(piece) for piece in pieces], np.int64)
+        end = np.cumsum(sizes)
+        start = end - sizes
+        # The character that each byte belongs to; a byte 10xxxxxx goes on with the one before.
+        character = np.cumsum((np.frombuffer(data, np.uint8) & 0xC0) != 0x80) - 1
+        after = np.append(character, len(text))
+        return np.stack([after[start], np.where(end > start, after[end - 1] + 1, after[start])])
+
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of `tokens`; special tokens are left out, bytes that are no UTF-8 become U+FFFD."""
         text = b"".join(map(self.token_bytes, tokens)).decode("utf-8", "replace")
@@ -74,6 +152,19 @@ class Tokenizer(abc.ABC):
     def stream(self) -> "TextStream":
         """Decodes tokens one by one, as they are generated."""
         return TextStream(self)
+
+    @functools.cached_property
+    def _end_of_turn_id(self) -> int | None:
+        """The special token that the chat template writes after the assistant's words, if it does."""
+        if self.chat_template is None:
+            return None
+        talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
+        try:
+            text = self.chat_template.render(talk, add_generation_prompt=False).text
+        except UserError:  # a template for conversations of another kind
+            return None
+        found = self._special_pattern.match(text.rpartition(PROBE)[2].lstrip()) if PROBE in text else None
+        return found and self.specials.get(found[0])
 
     @functools.cached_property
     def _special_pattern(self) -> re.Pattern[str]:
@@ -148,6 +239,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def token_bytes(self, token: int) -> bytes:
         return self._bytes[token]
+
+    def with_template(self, source: str) -> "SentencePieceTokenizer":
+        return SentencePieceTokenizer(self._model, source)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         template = {TEMPLATE_FILE: self.chat_template.source.encode()} if self.chat_template else {}

@@ -51,6 +51,7 @@ class ModelConfig:
     head_bias: bool = False  # a bias for each token of the vocabulary
     dropout: float = 0.0  # on the embedding and on what each block adds to the residual
     attention_dropout: float = 0.0  # on the attention probabilities
+    neftune_alpha: float = 0.0  # noise on the embeddings in training (model/dropout.py); 5 to 15 in the paper
     z_loss: float = 0.0  # weight of log(Z)^2 in the loss (PaLM uses 1e-4)
     init_std: float = 0.02
 
@@ -70,6 +71,7 @@ class ModelConfig:
 _TRAINING_ONLY = (
     "dropout",
     "attention_dropout",
+    "neftune_alpha",
     "z_loss",
     "init_std",
     "router_balance_loss",

@@ -14,7 +14,7 @@ from jaxllm.layout.sequence import to_device_order, token_order
 from jaxllm.model.attention import Attention, CacheSlots, LayerCache
 from jaxllm.model.cache import KVCache
 from jaxllm.model.config import ModelConfig
-from jaxllm.model.dropout import DropoutKey, dropout
+from jaxllm.model.dropout import DropoutKey, dropout, example_lengths, neftune
 from jaxllm.model.head import Head, HeadBias, HeadTransform, Table
 from jaxllm.model.mlp import MLP
 from jaxllm.model.moe import MoE
@@ -147,11 +147,15 @@ class Transformer(nnx.Module):
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        noisy = None
+        if self.config.neftune_alpha and dropout is not None:
+            segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
+            noisy = to_device_order(example_lengths(positions, segments))
         tokens, positions = to_device_order(tokens), to_device_order(positions)
         segment_ids = None if segment_ids is None else to_device_order(segment_ids)
         types = None if token_types is None else to_device_order(token_types)
         predicted = None if loss_mask is None else loss_mask.astype(jnp.float32).sum(1)
-        x, by = self._embed(tokens, positions, dropout, types)
+        x, by = self._embed(tokens, positions, dropout, types, noisy=noisy)
         graph, weights = nnx.split(self.layers)
 
         def layer(x, number, weights):
@@ -195,10 +199,15 @@ class Transformer(nnx.Module):
         x = reshard(x if self.final_norm is None else self.final_norm(x), WHOLE, RESIDUAL)
         return x if self.head_transform is None else self.head_transform(x)
 
-    def _embed(self, tokens, positions, stream, token_types=None, lengths=None) -> tuple[Array, Rotation | None]:
+    def _embed(
+        self, tokens, positions, stream, token_types=None, lengths=None, noisy=None
+    ) -> tuple[Array, Rotation | None]:
         # The dtype of the weights is the dtype of compute: the step casts them before the model sees them.
         dtype = self.layers.attention.query.kernel.dtype
         x = self.embedding(tokens, dtype)
+        if noisy is not None:
+            order = token_order(current_layout(), x.shape[1])
+            x = neftune(x, self.config.neftune_alpha, stream.fold("neftune"), noisy, order)
         for table, rows in ((self.position_embedding, positions), (self.type_embedding, token_types)):
             if table is not None:
                 rows = jnp.zeros_like(tokens) if rows is None else rows

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from jax.sharding import AbstractMesh
 
 from jaxllm.config import one_of
+from jaxllm.data.config import SUPERVISE, TRUNCATION
+from jaxllm.data.packing import check_packing
 from jaxllm.errors import UserError
 from jaxllm.layout import schedules
 from jaxllm.layout.check_rules import check_rules
@@ -34,7 +36,9 @@ CHOICES = {
     "precision.compute": ("bfloat16", "float32", "float16"),
     "precision.params": ("float32",),
     "precision.gradients": ("float32", "bfloat16"),
-    "data.packing": ("concat", "best_fit"),
+    "data.packing": ("concat", "best_fit", "none"),
+    "data.supervise": SUPERVISE,
+    "data.truncation": TRUNCATION,
 }
 _AT_LEAST = {
     "model.num_layers": 1,
@@ -55,6 +59,7 @@ _AT_LEAST = {
     "model.rope_original_length": 0,
     "model.rope_attention_factor": 0,
     "model.z_loss": 0,
+    "model.neftune_alpha": 0,
     "layout.num_microbatches": 1,
     "data.length": 0,
     "data.batch_size": 1,
@@ -98,6 +103,7 @@ def check(config: Config, num_devices: int) -> None:
     """
     check_for_use(config, num_devices)
     _check_step(config)
+    check_packing(config.data, STEPS[config.train_step].batch)
     check_optimizer(config.optimizer)
     make_schedule(config.optimizer, config.train.steps)
     layout = config.layout

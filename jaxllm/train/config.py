@@ -13,7 +13,7 @@ from jaxllm.errors import UserError, did_you_mean
 from jaxllm.layout.config import LayoutConfig, MeshConfig
 from jaxllm.model.config import ModelConfig
 
-TRAIN_STEPS = ("pretrain", "mlm")
+TRAIN_STEPS = ("pretrain", "mlm", "sft")
 
 
 @dataclass(frozen=True)

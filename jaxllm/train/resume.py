@@ -11,14 +11,28 @@ from jaxllm.train.config import Config, config_dict
 
 # Another value makes another model, another order of tokens or another optimizer state. (data.source, data.path,
 # data.field and data.held_out may name the same text in another place: the loader compares the tokens themselves.)
-BREAKING = ("train_step", "seed", "model.", "data.length", "data.packing", "data.shuffle", "optimizer.name")
+BREAKING = (
+    "train_step",
+    "seed",
+    "model.",
+    "data.length",
+    "data.packing",
+    "data.shuffle",
+    "data.chat_template",
+    "data.supervise",
+    "data.truncation",
+    "optimizer.name",
+)
 # Of the model these change nothing that is learned.
-HARMLESS = ("model.dropout", "model.attention_dropout", "model.z_loss", "model.init_std")
+HARMLESS = ("model.dropout", "model.attention_dropout", "model.neftune_alpha", "model.z_loss", "model.init_std")
 
 
 def differences(stored: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
-    """Field -> (value in the checkpoint, value now), of every field that differs."""
-    before, now = dict(_flat(stored)), dict(_flat(config_dict(config)))
+    """Field -> (value in the checkpoint, value now), of every field that differs.
+
+    A field that the checkpoint is too old to have had its default then.
+    """
+    before, now = dict(_flat(config_dict(Config()))) | dict(_flat(stored)), dict(_flat(config_dict(config)))
     return {name: (before.get(name), now.get(name)) for name in now | before if before.get(name) != now.get(name)}
 
 

@@ -22,10 +22,10 @@ from jaxllm.train.state import TrainState, bytes_per_device
 
 
 def data_config(config: Config, stored: Mapping[str, Any] | None, workdir: Path) -> DataConfig:
-    """The data group; a resumed run takes the tokenizer it has, so that none is trained again."""
+    """The data group; a resumed run takes the tokenizer it has, chat template included: none is trained again."""
     tokenizer = workdir / "tokenizer"
     if stored is not None and tokenizer.exists():
-        return dataclasses.replace(config.data, tokenizer=str(tokenizer))
+        return dataclasses.replace(config.data, tokenizer=str(tokenizer), chat_template="")
     return config.data
 
 

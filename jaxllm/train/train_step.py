@@ -42,7 +42,8 @@ def make_train_step(
     `router_metrics`.
     """
     compute, accumulate = as_dtype(config.precision.compute), as_dtype(config.precision.gradients)
-    uses_dropout = spec.config.dropout > 0 or spec.config.attention_dropout > 0
+    model = spec.config
+    uses_dropout = model.dropout > 0 or model.attention_dropout > 0 or model.neftune_alpha > 0
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         rows = jax.tree.leaves(batch)[0].shape[0]

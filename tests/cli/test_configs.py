@@ -17,6 +17,7 @@ DEVICES = {
     "gpt2_small.py": 8,
     "bert_base.py": 8,
     "bert_wikitext.py": 1,
+    "sft.py": 1,
     "llama3_8b.py": 64,
     "moe_1t.py": 2048,
 }

@@ -4,7 +4,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.data import dataset as dataset_module
-from jaxllm.data import files
+from jaxllm.data import files, open_tokenizer
 from jaxllm.data.config import DataConfig
 from jaxllm.data.dataset import prepare
 from jaxllm.data.tokenizer import load_tokenizer
@@ -57,7 +57,7 @@ def test_work_is_done_once(tmp_path, book, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("done again")
 
-    monkeypatch.setattr(dataset_module, "train_tokenizer", fail)
+    monkeypatch.setattr(open_tokenizer, "train_tokenizer", fail)
     monkeypatch.setattr(dataset_module.shards, "write_streams", fail)
     again = open_dataset(tmp_path, path=str(book), held_out="<LAST>", length=16)
     assert [s.index for s in again.train] == [s.index for s in first.train]

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 
@@ -159,7 +160,7 @@ def test_without_shuffle_the_text_comes_in_order(tokenizer, tmp_path):
 
 def test_a_stream_shorter_than_a_row(tokenizer, tmp_path):
     dataset = make_dataset(tokenizer, tmp_path / "e", ["a"] * 5)
-    dataset = Dataset(**{**vars(dataset), "length": 128})
+    dataset = dataclasses.replace(dataset, length=128)
     first, second = take(dataset.train_loader(sharding(1, 1, 1), batch_size=2, seed=0), 2)
     same([first], [second])
     assert (first.segment_ids > 0).sum() == 2 * dataset.train_tokens
@@ -168,7 +169,7 @@ def test_a_stream_shorter_than_a_row(tokenizer, tmp_path):
 def test_batches_that_do_not_divide(dataset):
     with pytest.raises(UserError, match=r"batch_size=6 is not a multiple of the 4 shards.*data=4.*4, 8"):
         dataset.train_loader(sharding(4, 1, 1), batch_size=6, seed=0)
-    odd = Dataset(**{**vars(dataset), "length": 15})
+    odd = dataclasses.replace(dataset, length=15)
     with pytest.raises(UserError, match=r"length=15 is not a multiple of the 2 shards.*context=2.*14, 16"):
         odd.train_loader(sharding(4, 2, 1), batch_size=8, seed=0)
 

@@ -1,0 +1,101 @@
+"""Examples on disk: read from their records, tokenised once, and which of them a run of a given length takes."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxllm.data.examples import Example, parse_fields, read_example
+from jaxllm.data.held_out import HeldOut, split_records
+from jaxllm.data.shards import SplitWriters, TokenStream, in_batches
+from jaxllm.data.sources import Source
+from jaxllm.data.supervision import ExampleEncoder
+from jaxllm.errors import UserError
+
+BATCH = 1 << 20  # characters tokenised at once
+
+
+class ExamplePiece(NamedTuple):
+    """An example on its way into a stream."""
+
+    example: Example
+    origin: str
+    held_out: bool
+    progress: float
+
+    @property
+    def size(self) -> int:
+        """Characters, about."""
+        return 1 + sum(map(len, self.example.texts))
+
+
+def read_pieces(source: Source, held_out: HeldOut, fields: str) -> Iterator[ExamplePiece]:
+    """The examples of `source` in their order; `fields` is `config.data.fields`."""
+    named = parse_fields(fields, text=source.field)
+    for record, is_held_out in split_records(source, held_out):
+        yield ExamplePiece(read_example(record, named), record.origin, is_held_out, record.progress)
+
+
+def write_example_streams(
+    folder: Path,
+    pieces: Iterable[ExamplePiece],
+    encoder: ExampleEncoder,
+    *,
+    num_threads: int,
+    report: Callable[[float], None],
+) -> None:
+    """Tokenises examples into the streams `folder`/train and `folder`/held_out, with what of each is learned."""
+    writers = SplitWriters(folder, encoder.tokenizer)
+    for batch in in_batches(pieces, BATCH):
+        examples, origins = [piece.example for piece in batch], [piece.origin for piece in batch]
+        for piece, encoded in zip(batch, encoder.encode(examples, origins, num_threads), strict=True):
+            writers[piece.held_out].add_example(encoded)
+        report(batch[-1].progress)
+    writers.close()
+
+
+class Taken(NamedTuple):
+    """Which examples of a stream are taken for rows of some length."""
+
+    numbers: Int[np.ndarray, " taken"]
+    cut: int  # so many of them lose their end
+    dropped: int  # not taken: too long, or nothing to learn is left of them
+
+
+def taken_examples(stream: TokenStream, length: int, truncation: str) -> Taken:
+    """Those that fit; with `truncation` "cut" also those too long of which something to learn is in the first part."""
+    starts = np.asarray(stream.document_starts)
+    fits = np.diff(starts) <= length
+    first = np.searchsorted(stream.supervised[:, 0], starts[:-1])  # each example has a range that is learned
+    learns = stream.supervised[first, 0] < starts[:-1] + length
+    take = fits | (learns & (truncation == "cut"))
+    return Taken(np.flatnonzero(take), int((take & ~fits).sum()), int((~take).sum()))
+
+
+def check_lengths(
+    stream: TokenStream, length: int, truncation: str, pieces: Callable[[], Iterator[ExamplePiece]], held_out: bool
+) -> None:
+    """Refuses examples longer than a row where `truncation` says so, and a stream of which none is taken.
+
+    Args:
+      pieces: what the stream was made of, to say where an example is from; read only then.
+
+    Raises:
+      UserError: with the first such example and the number of all.
+    """
+    sizes = np.diff(np.asarray(stream.document_starts))
+    long = np.flatnonzero(sizes > length)
+    if not len(long) or (truncation != "refuse" and len(taken_examples(stream, length, truncation).numbers)):
+        return
+    of_split = (piece.origin for piece in pieces() if piece.held_out == held_out)
+    origin = next(itertools.islice(of_split, int(long[0]), None))
+    what = f"{origin}: this example has {sizes[long[0]]:,} tokens, and a row {length:,}"
+    if truncation == "refuse":
+        raise UserError(
+            f"{what}; {len(long):,} of {len(sizes):,} are too long (the longest {sizes.max():,}). Raise "
+            "config.data.length, or set config.data.truncation to cut (their ends) or drop (them)."
+        )
+    raise UserError(f"{what}; no example is short enough. Raise config.data.length.")
