@@ -11,7 +11,8 @@ import rich.progress
 
 from jaxllm.cli.flags import Parser
 from jaxllm.data.sources import Source, open_source
-from jaxllm.data.tokenizer import CONFIG_FILE, JSON_FILE, SentencePieceTokenizer
+from jaxllm.data.tokenizer import SentencePieceTokenizer
+from jaxllm.data.tokenizer_files import CONFIG_FILE, JSON_FILE
 from jaxllm.data.tokenizer_training import KINDS, SAMPLE_BYTES, train_tokenizer
 from jaxllm.errors import UserError, did_you_mean
 

@@ -10,8 +10,9 @@ import pytest
 
 from jaxllm.errors import UserError
 from jaxllm.generate import likelihood
+from jaxllm.generate.decode import bucket
 from jaxllm.generate.engine import Engine
-from jaxllm.generate.likelihood import Pair, Scorer, length_bucket, positions_at_once
+from jaxllm.generate.likelihood import SHORTEST, Pair, Scorer, positions_at_once
 from jaxllm.generate.sampling import Sampling
 from jaxllm.layout.config import LayoutConfig, MeshConfig
 from jaxllm.layout.layout import make_layout
@@ -208,4 +209,4 @@ def test_more_targets_than_the_context_are_refused(run):
 
 @pytest.mark.parametrize(("length", "columns"), [(1, 16), (17, 32), (1024, 1024), (1025, 2048), (2049, 3072)])
 def test_buckets(length, columns):
-    assert length_bucket(length) == columns
+    assert bucket(length, SHORTEST) == columns
