@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from jaxllm.cli.main import main
+from tests.mistakes import mistake
 
 FILE = """
 from jaxllm.train.config import base_config
@@ -26,16 +26,6 @@ def experiment(tmp_path):
     path = tmp_path / "experiment.py"
     path.write_text(FILE)
     return path
-
-
-def mistake(argv: list[str], capsys) -> str:
-    """What stderr says; asserts that it is a user's mistake, said in one or two lines."""
-    code = main(argv)
-    said = capsys.readouterr().err
-    assert code == 2, said
-    assert "Traceback" not in said
-    assert 1 <= len(said.strip().splitlines()) <= 2, said
-    return said
 
 
 FLAGS = {

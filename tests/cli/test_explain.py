@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxllm.cli.main import main
-from tests.cli.test_bad_input import mistake
+from tests.mistakes import mistake
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """

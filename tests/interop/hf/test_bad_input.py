@@ -14,6 +14,7 @@ from jaxllm.interop.hf.config import read_model
 from jaxllm.interop.hf.files import parse_size
 from jaxllm.train.checkpoint import Checkpoints
 from tests.interop.hf.models import GPT2, LLAMA, MODELS, make, save, torch
+from tests.mistakes import mistake
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -36,15 +37,6 @@ def folder(good, tmp_path) -> Path:
 
 def content(folder: Path) -> dict[str, torch.Tensor]:
     return {k: v for file in folder.glob("*.safetensors") for k, v in safetensors.torch.load_file(file).items()}
-
-
-def mistake(argv: list[str], capsys) -> str:
-    code = main(argv)
-    said = capsys.readouterr().err
-    assert code == 2, said
-    assert "Traceback" not in said
-    assert 1 <= len(said.strip().splitlines()) <= 2, said
-    return said
 
 
 def refused(folder: Path, capsys) -> str:
