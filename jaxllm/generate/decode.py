@@ -46,7 +46,7 @@ class Decoder:
         self.config, self.layout, self._weights = spec.config, layout, weights
         self._dtype = weights["layers"]["attention"]["query"]["kernel"].dtype
 
-        def extend(weights, cache, tokens, positions, segment_ids, lengths):
+        def extend(weights, cache, tokens, positions, segment_ids, lengths=None):
             model = spec.merge(weights)
             hidden, cache = model.extend(cache, tokens, positions, segment_ids, lengths)
             logits = constrain(model.head.logits(hidden[:, -1:])[:, 0], "batch", None)
@@ -88,8 +88,7 @@ class Decoder:
         for _ in range(max_new_tokens - 1):
             tokens = rows.tokens
             with use_layout(self.layout):
-                lengths = rows.positions[:, 0] + 1
-                logits, cache = self._extend(self._weights, cache, *rows[:3], lengths)
+                logits, cache = self._extend(self._weights, cache, rows.tokens, rows.positions, rows.segment_ids)
                 rows = self._draw(logits, rows, arrays, keys)
             yield np.asarray(tokens)[: len(prompts), 0]
         yield np.asarray(rows.tokens)[: len(prompts), 0]

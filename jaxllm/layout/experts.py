@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jaxllm.errors import UserError
 from jaxllm.layout import zero
-from jaxllm.layout.layout import Axes, Layout, axis_names, current_layout, on_each_device
+from jaxllm.layout.layout import Axes, Layout, current_layout, on_each_device
 from jaxllm.layout.scope import tensor_scope
 
 TOKENS = ("batch", "length", None)
@@ -119,7 +119,7 @@ class _Place:
     """One device's part of the work; `forward` and `backward` run inside `shard_map`."""
 
     def __init__(self, layout: Layout | None, dispatch: Dispatch, experts: Experts, axes: tuple[Axes, ...], shapes):
-        self.layout, self.dispatch, self.experts, self.axes, self.shapes = layout, dispatch, experts, axes, shapes
+        self.layout, self.dispatch, self.experts, self.axes = layout, dispatch, experts, axes
         self.expert_axes = self._axes("experts", dispatch.num_experts)
         self.inner_axes = self._axes("mlp", shapes[0][axes[0].index("mlp")])
         self.batch_axes, self.length_axes = self._axes("batch"), self._axes("length")
@@ -134,7 +134,10 @@ class _Place:
         self.tokens = P(self.batch_axes or None, self.length_axes or None, None)
         self.rows = P(self.batch_axes or None)
         self.weights = tuple(P(*[self._split(axis) or None for axis in names]) for names in axes)
-        self.gradients = tuple(self._gradient_spec(*each) for each in zip(axes, shapes, self.weights, strict=True))
+        self.gradients = self.weights
+        if layout is not None:
+            each = zip(axes, shapes, self.weights, strict=True)
+            self.gradients = tuple(zero.scattered_spec(layout, *weight, self.token_axes) for weight in each)
 
     def _axes(self, logical: str, size: int = 0) -> tuple[str, ...]:
         if self.layout is None or size % self.layout.size(logical):
@@ -151,14 +154,6 @@ class _Place:
 
     def whole(self, weights: tuple[Array, ...]) -> tuple[Array, ...]:
         return tuple(zero.gather_for_use(self.layout, w, axes) for w, axes in zip(weights, self.axes, strict=True))
-
-    def _gradient_spec(self, axes: Axes, shape: tuple[int, ...], spec: P) -> P:
-        """Where the sum over devices puts a gradient: scattered over what splits tokens, where it is to be so split."""
-        if self.layout is None:
-            return spec
-        wanted = zero.gradient_spec(self.layout, axes, shape)
-        scattered = [tuple(a for a in axis_names(part) if a in self.token_axes) for part in wanted]
-        return P(*[(*axis_names(own), *more) or None for own, more in zip(spec, scattered, strict=True)])
 
     def forward(self, x, choices, probabilities, weights):
         weights = tuple(w.astype(jnp.float32) for w in weights)
@@ -177,7 +172,7 @@ class _Place:
 
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), arguments)
         dx, d_probabilities, d_weights = self._rounds(choices).run(add, zeros)
-        d_weights = tuple(self._sum_tokens(*each) for each in zip(d_weights, self.weights, self.gradients, strict=True))
+        d_weights = tuple(self._sum_tokens(*each) for each in zip(d_weights, self.gradients, strict=True))
         return self._sum_inner(dx.astype(x.dtype)), self._sum_inner(d_probabilities), d_weights
 
     def _exchange(self, slots: _Slots, x, probabilities, weights) -> Float[Array, "batch length embed"]:
@@ -247,18 +242,11 @@ class _Place:
     def _sum_inner(self, x: Array) -> Array:
         return jax.lax.psum(x, self.inner_axes) if self.inner_axes else x
 
-    def _sum_tokens(self, g: Array, spec: P, scattered: P) -> Array:
+    def _sum_tokens(self, g: Array, spec: P) -> Array:
         """A gradient summed over the devices with other tokens, in the dtype of reductions."""
         if self.layout is None:
             return g
-        g = g.astype(zero.sum_dtype(self.layout.reduce_dtype))
-        rest = set(self.token_axes)
-        for dimension, (own, all_axes) in enumerate(zip(spec, scattered, strict=True)):
-            axes = axis_names(all_axes)[len(axis_names(own)) :]
-            if axes:
-                g = jax.lax.psum_scatter(g, axes, scatter_dimension=dimension, tiled=True)
-                rest -= set(axes)
-        return jax.lax.psum(g, tuple(sorted(rest))) if rest else g
+        return zero.sum_scattered(g.astype(zero.sum_dtype(self.layout.reduce_dtype)), spec, self.token_axes)
 
 
 class _Rounds(NamedTuple):

@@ -99,22 +99,12 @@ class _Place:
         """
         if self.layout is None:
             return P(None, None)
-        wanted = [
-            axis_names(part) for part in zero.gradient_spec(self.layout, self.axes, (self.padded_size, embed_dim))
-        ]
-        scattered = [tuple(axis for axis in axes if axis in self.token_axes) for axes in wanted]
-        return P((*self.vocab_axes, *scattered[0]) or None, scattered[1] or None)
+        shape = (self.padded_size, embed_dim)
+        return zero.scattered_spec(self.layout, self.axes, shape, self.table_spec(), self.token_axes)
 
     def reduce_table(self, gradient: Array) -> Array:
         """Sums a device's gradient of its rows over all devices that hold other tokens."""
-        spec = self.reduce_spec(gradient.shape[1])
-        rest = set(self.token_axes)
-        for dimension, part in enumerate(spec):
-            axes = tuple(axis for axis in axis_names(part) if axis in rest)
-            if axes:
-                gradient = jax.lax.psum_scatter(gradient, axes, scatter_dimension=dimension, tiled=True)
-                rest -= set(axes)
-        return jax.lax.psum(gradient, tuple(sorted(rest))) if rest else gradient
+        return zero.sum_scattered(gradient, self.reduce_spec(gradient.shape[1]), self.token_axes)
 
     def pad_bias(self, bias: Array) -> Array:
         """A bias of the logits as `pad` makes a table."""

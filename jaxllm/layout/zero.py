@@ -98,6 +98,27 @@ def sum_once(g: Array, mesh_axes: tuple[str, ...]) -> Array:
     return jax.lax.psum(g.astype(sum_dtype(g.dtype)), mesh_axes).astype(g.dtype)
 
 
+def scattered_spec(
+    layout: Layout, axes: Sequence[str | None], shape: Sequence[int], spec: P, mesh_axes: Sequence[str]
+) -> P:
+    """Where `sum_scattered` puts the gradient of a weight that lies by `spec`: as `gradient_spec` says, as far as a sum
+    over `mesh_axes` can scatter it."""
+    wanted = gradient_spec(layout, axes, shape)
+    scattered = [tuple(axis for axis in axis_names(part) if axis in mesh_axes) for part in wanted]
+    return P(*[(*axis_names(own), *more) or None for own, more in zip(spec, scattered, strict=True)])
+
+
+def sum_scattered(g: Array, spec: P, mesh_axes: Sequence[str]) -> Array:
+    """The gradient of code that is manual over `mesh_axes`, summed over them, each device's part by `spec`."""
+    rest = set(mesh_axes)
+    for dimension, part in enumerate(spec):
+        axes = tuple(axis for axis in axis_names(part) if axis in rest)
+        if axes:
+            g = jax.lax.psum_scatter(g, axes, scatter_dimension=dimension, tiled=True)
+            rest -= set(axes)
+    return jax.lax.psum(g, tuple(sorted(rest))) if rest else g
+
+
 def sum_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
     """The dtype in which manual code sums over devices what is meant to be summed in `dtype`."""
     return jnp.dtype("float32") if jax.default_backend() == "cpu" else jnp.dtype(dtype)
