@@ -12,6 +12,7 @@ its forward action only takes the input in, which pays for the head.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from jaxllm.layout.pipeline_tasks import Carry, Here, Task, store
 from jaxllm.layout.rules import RESIDUAL_AXES as RESIDUAL
 from jaxllm.layout.schedule_buffers import assign_buffers
 from jaxllm.layout.schedules import Action, Schedule, make_schedule
-from jaxllm.layout.scope import path_name, tensor_scope
+from jaxllm.layout.scope import NOTHING, Frozen, joined, map_leaves, path_name, tensor_scope
 from jaxllm.layout.stages import Stages, collect, deal, make_stages
 from jaxllm.layout.vocabulary import weight_dtype
 
@@ -57,6 +58,7 @@ def run_pipeline(
     accumulate: jnp.dtype = jnp.float32,
     scale: Float[Array, ""] | float = 1.0,
     schedule: str | None = None,
+    frozen: Frozen = NOTHING,
 ) -> PipelineSums:
     """Sums loss and gradients over microbatches by a schedule.
 
@@ -68,18 +70,21 @@ def run_pipeline(
       batch: a tree of arrays [batch, …]; microbatch m has the rows m, m + M, m + 2M, …
       scale: multiplies the loss that is differentiated.
       schedule: default the layout's.
+      frozen: further weights, as they are held, that have no gradients.
     """
-    paths, tree = jax.tree_util.tree_flatten_with_path(params)
+    paths, tree = jax.tree_util.tree_flatten_with_path(joined(params, frozen.weights))
     names, leaves = [path_name(path) for path, _ in paths], [leaf for _, leaf in paths]
-    leaf_axes = tree.flatten_up_to(axes)
+    leaf_axes = tree.flatten_up_to(joined(axes, frozen.axes))
+    trained = set(map_leaves(lambda w, _: w, params, axes))
+    is_trained = [name in trained for name in names]
     in_layers = [a[:1] == ("layers",) for a in leaf_axes]
     num_layers = next(w.shape[0] for w, layered in zip(leaves, in_layers, strict=True) if layered)
     table = make_schedule(schedule or layout.schedule, layout.num_stages, num_microbatches, layout.virtual_stages)
     stages = make_stages(num_layers, layout.num_stages, layout.virtual_stages, layout.stage_layers)
 
-    def enter(name: str, w: Array, a: tuple, layered: bool) -> Array:
+    def enter(name: str, w: Array, a: tuple, layered: bool, trains: bool) -> Array:
         with tensor_scope(name, a):
-            w = zero.cast_at_rest(layout, w, a, weight_dtype(a, compute))
+            w = zero.cast_at_rest(layout, w, a, weight_dtype(a, compute) if trains else w.dtype)
             if layered:
                 return deal(layout, stages, w, a)
             return pin(w, layout, zero.step_spec(layout.inside("pipeline"), a, w.shape))
@@ -88,26 +93,28 @@ def run_pipeline(
         with tensor_scope(name, a):
             return collect(layout, stages, g, a) if layered else g
 
-    entered = [enter(*leaf) for leaf in zip(names, leaves, leaf_axes, in_layers, strict=True)]
+    entered = [enter(*leaf) for leaf in zip(names, leaves, leaf_axes, in_layers, is_trained, strict=True)]
     specs = [zero.step_spec(layout.inside("pipeline"), a, w.shape) for w, a in zip(leaves, leaf_axes, strict=True)]
     once = zero.reduced_once(layout, specs)
     executor = Executor(
-        layout.inside("pipeline", *once), table, stages, loss, tree, names, leaf_axes, in_layers, accumulate
+        layout.inside("pipeline", *once), table, stages, loss, tree, names, leaf_axes, in_layers, is_trained, accumulate
     )
     microbatches = jax.tree.map(lambda x: _split(x, num_microbatches), batch)
     over_stages = [P("pipeline") if layered else P() for layered in in_layers]
+    of_trained = lambda values: list(itertools.compress(values, is_trained))  # noqa: E731
     has_gradients = executor.has_gradients
     run = jax.shard_map(
         executor.run,
         mesh=layout.mesh,
         in_specs=(over_stages, P(once or None), P()),
-        out_specs=(P(), P(), over_stages if has_gradients else None, P("pipeline"), P("pipeline")),
+        out_specs=(P(), P(), of_trained(over_stages) if has_gradients else None, P("pipeline"), P("pipeline")),
         axis_names={"pipeline", *once},
         check_vma=False,
     )
     total, weight, gradients, executed, statistics = run(entered, microbatches, jnp.asarray(scale, jnp.float32))
     if has_gradients:
-        gradients = tree.unflatten([leave(*leaf) for leaf in zip(names, gradients, leaf_axes, in_layers, strict=True)])
+        placed = zip(of_trained(names), gradients, of_trained(leaf_axes), of_trained(in_layers), strict=True)
+        gradients = jax.tree.unflatten(jax.tree.structure(params), [leave(*leaf) for leaf in placed])
     statistics = jax.tree.map(lambda a: collect(layout, stages, a, ("layers", *[None] * (a.ndim - 3))), statistics)
     return PipelineSums(total, weight, gradients, executed, statistics)
 
@@ -132,6 +139,7 @@ class Executor:
     names: list[str]
     axes: list[tuple]
     in_layers: list[bool]
+    is_trained: list[bool]
     accumulate: jnp.dtype
 
     @property
@@ -167,14 +175,20 @@ class Executor:
                 def summed(g: Array, _: tuple, layered: bool) -> Array:
                     return zero.sum_once(g[None], self.once) if layered else zero.sum_once(g, everywhere)
 
-                gradients = self.each(summed, gradients)
+                gradients = self.each_trained(summed, gradients)
             statistics = jax.tree.map(lambda a: zero.sum_once(a[None], self.once), end.statistics)
             return total, weight, gradients, end.executed[None], statistics
 
-    def each(self, f: Callable[[Array, tuple, bool], Array], leaves: list[Array]) -> list[Array]:
-        """`f(leaf, its axes, is it of the layers)` on each weight or gradient, in its scope."""
+    def of_trained(self, values: list) -> list:
+        """Those of the trained weights, in their order."""
+        return list(itertools.compress(values, self.is_trained))
+
+    def each_trained(self, f: Callable[[Array, tuple, bool], Array], leaves: list[Array]) -> list[Array]:
+        """`f(leaf, its axes, is it of the layers)` on each trained weight or its gradient, in its scope."""
         results = []
-        for leaf, name, axes, layered in zip(leaves, self.names, self.axes, self.in_layers, strict=True):
+        for leaf, name, axes, layered in zip(
+            leaves, *map(self.of_trained, (self.names, self.axes, self.in_layers)), strict=True
+        ):
             with tensor_scope(name, axes):
                 results.append(f(leaf, axes, layered))
         return results
@@ -187,7 +201,8 @@ class Executor:
         statistics = sums and jax.tree.map(
             lambda a: jnp.zeros((self.table.num_virtual_stages, *a.shape), a.dtype), sums.statistics
         )
-        accumulators = [jnp.zeros(w.shape, self.accumulate) for w in weights] if self.has_gradients else None
+        zeros = [jnp.zeros(w.shape, self.accumulate) for w in self.of_trained(weights)]
+        accumulators = zeros if self.has_gradients else None
         start = Carry(
             inputs=jnp.zeros((max(num_inputs, 1), *x.shape), x.dtype),
             gradients=jnp.zeros((max(num_gradients, 1), *x.shape), x.dtype),
@@ -206,7 +221,7 @@ class Executor:
         slots = P(None, *self.layout.spec(RESIDUAL))
         sums = carry.weight_gradients
         if sums is not None:
-            sums = self.each(lambda g, axes, _: pin(g, self.layout, self._accumulator_spec(g, axes)), sums)
+            sums = self.each_trained(lambda g, axes, _: pin(g, self.layout, self._accumulator_spec(g, axes)), sums)
         return carry._replace(
             inputs=pin(carry.inputs, self.layout, slots),
             gradients=pin(carry.gradients, self.layout, slots),

@@ -1,6 +1,7 @@
 """What one stage of a pipeline does at one tick: the actions of a schedule, as functions of what a device carries."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -200,18 +201,20 @@ class Here:
         return jax.lax.cond(self._is_first, embed, self.executor.place, carry)
 
     def _layers(self, chunk: list[Array], *, layers: bool = True) -> list[Array]:
-        """The weights of the layers, or those of the ends."""
-        return [w for w, layered in zip(chunk, self.executor.in_layers, strict=True) if layered == layers]
+        """The trained weights of the layers, or those of the ends."""
+        return list(itertools.compress(chunk, self._is_part(layers)))
 
     def _with(self, chunk: list[Array], part: list[Array], *, layers: bool = True) -> list[Array]:
         """`chunk` with that part of its weights replaced."""
         rest = iter(part)
-        return [
-            next(rest) if layered == layers else w for w, layered in zip(chunk, self.executor.in_layers, strict=True)
-        ]
+        return [next(rest) if in_part else w for w, in_part in zip(chunk, self._is_part(layers), strict=True)]
+
+    def _is_part(self, layers: bool) -> list[bool]:
+        leaves = zip(self.executor.in_layers, self.executor.is_trained, strict=True)
+        return [trained and layered == layers for layered, trained in leaves]
 
     def _add(self, carry: Carry, gradients: list[Array], *, layers: bool = True) -> Carry:
-        """`gradients` of that part of the weights added to the accumulators."""
+        """`gradients` of that part of the trained weights added to the accumulators."""
         rest, layout = iter(gradients), self.executor.layout
 
         def add(total: Array, axes: tuple, layered: bool) -> Array:
@@ -221,4 +224,4 @@ class Here:
             g = pin(g, layout, zero.gradient_spec(layout, axes, g.shape)).astype(total.dtype)
             return total.at[self.task.virtual_stage].add(g) if layered else total + g
 
-        return self.executor.place(carry._replace(weight_gradients=self.executor.each(add, carry.weight_gradients)))
+        return self.executor.place(carry._replace(weight_gradients=self.executor.each_trained(add, carry.weight_gradients)))

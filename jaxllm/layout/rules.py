@@ -31,6 +31,7 @@ class Rules:
     vocab: MeshAxes = "model"  # rows of the embedding and of the head
     positions: MeshAxes = None  # rows of a learned position table
     experts: MeshAxes = "expert"
+    rank: MeshAxes = None  # of adapters: what lies between their two matrices
     layers: MeshAxes = "pipeline"
     state: MeshAxes = "data"  # no axis of a tensor: what ZeRO spreads master weights and optimizer state over
 

@@ -21,6 +21,16 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
 
 
+class Frozen(NamedTuple):
+    """Weights that are not trained (or their shapes), and their logical axes: nested dicts."""
+
+    weights: Any
+    axes: Any
+
+
+NOTHING = Frozen({}, {})
+
+
 class Scope(NamedTuple):
     """One named scope of an operation."""
 
@@ -70,3 +80,25 @@ def scopes(op_name: str) -> list[Scope]:
     """The scopes in the name of an operation, innermost first."""
     found = re.findall(r"([\w.+]*)\[([a-z_,]*)\](?=[/)]|$)", op_name)
     return [Scope(tensor, tuple(filter(None, axes.split(",")))) for tensor, axes in reversed(found)]
+
+
+def matching(tree: Any, wanted: Callable[[str], bool], path: str = "") -> Any:
+    """The part of a nested dict whose leaves have paths that are `wanted`, without what is empty then."""
+    found = {}
+    for key, value in tree.items():
+        name = f"{path}.{key}" if path else str(key)
+        if isinstance(value, dict):
+            value = matching(value, wanted, name)
+            if value:
+                found[key] = value
+        elif wanted(name):
+            found[key] = value
+    return found
+
+
+def joined(first: Any, second: Any) -> Any:
+    """One nested dict of two that share no leaf."""
+    both = dict(first)
+    for key, value in second.items():
+        both[key] = joined(both[key], value) if key in both else value
+    return both

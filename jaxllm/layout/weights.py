@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.layout import zero
 from jaxllm.layout.layout import Axes, Layout, current_layout, pin
+from jaxllm.layout.nf4 import NF4, dequantize
 from jaxllm.layout.scope import tensor_scope
 
 
@@ -53,9 +54,17 @@ def _parts(layout: Layout | None, w: Array, axes: Axes) -> int:
     return parts if w.shape[1] % parts == 0 else 1
 
 
+def whole_weight(layout: Layout | None, w: Array | NF4, axes: Axes, dtype: jnp.dtype) -> Float[Array, "..."]:
+    """A weight whole but for tensor parallelism, in `dtype`. One in 4 bits is gathered in 4 bits."""
+    if isinstance(w, NF4):
+        codes, scales = (zero.gather_for_use(layout, part, axes) for part in (w.codes, w.scales))
+        return dequantize(NF4(codes, scales, w.axis), dtype)
+    return zero.gather_for_use(layout, w, axes).astype(dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _einsum(layout: Layout | None, equation: str, axes: Axes, name: str, x: Array, w: Array) -> Array:
-    return jnp.einsum(equation, x, zero.gather_for_use(layout, w, axes).astype(x.dtype))
+    return jnp.einsum(equation, x, whole_weight(layout, w, axes, x.dtype))
 
 
 def _einsum_forward(layout, equation, axes, name, x, w):
@@ -67,6 +76,8 @@ def _einsum_backward(layout, equation, axes, name, residuals, dy):
     left, right, output = equation.replace("->", ",").split(",")
     (whole,), dy = _gather_again(layout, (axes,), (name,), (w,), dy)
     dx = jnp.einsum(f"{output},{right}->{left}", dy, whole)
+    if isinstance(w, NF4):
+        return dx.astype(x.dtype), None
     dw = _weight_gradient(layout, left, output, right, x, dy)
     return dx.astype(x.dtype), zero.reduce_gradient(layout, dw, axes, w.dtype)
 
@@ -83,7 +94,7 @@ def _joint(
     x: Array,
     weights: tuple[Array, ...],
 ):
-    whole = [zero.gather_for_use(layout, w, a).astype(x.dtype) for w, a in zip(weights, axes, strict=True)]
+    whole = [whole_weight(layout, w, a, x.dtype) for w, a in zip(weights, axes, strict=True)]
     y = jnp.einsum("btd,dnc->btnc", x, _side_by_side(whole, parts))
     pieces = jnp.split(y, _column_offsets(weights, parts), axis=3)
     return tuple(y.reshape(*x.shape[:2], *w.shape[1:]) for y, w in zip(pieces, weights, strict=True))
@@ -98,6 +109,8 @@ def _joint_backward(layout, parts, axes, names, residuals, gradients):
     whole, gradients = _gather_again(layout, axes, names, weights, gradients)
     dy = jnp.concatenate([g.reshape(*g.shape[:2], parts, -1) for g in gradients], axis=3)
     dx = jnp.einsum("btnc,dnc->btd", dy, _side_by_side(whole, parts))
+    if isinstance(weights[0], NF4):
+        return dx.astype(x.dtype), None
     if layout is None:
         together = _weight_gradient(layout, "btd", "btnc", "dnc", x, dy)
         d_weights = jnp.split(together, _column_offsets(weights, parts), axis=2)
@@ -135,7 +148,7 @@ def _gather_again(layout, axes, names, weights, gradients):
     whole = []
     for w, a, name in zip(weights, axes, names, strict=True):
         with tensor_scope(name, a):
-            whole.append(zero.gather_for_use(layout, w, a).astype(dtype))
+            whole.append(whole_weight(layout, w, a, dtype))
     return whole, gradients
 
 

@@ -160,8 +160,19 @@ def gather_for_use(layout: Layout | None, w: Array, axes: Sequence[str | None]) 
 def reduce_gradient(layout: Layout | None, g: Array, axes: Sequence[str | None], dtype: jnp.dtype) -> Array:
     """The gradient of a weight, summed over the devices in the precision it comes in, then in the weight's `dtype`."""
     if layout is not None:
+        if _is_repeated(layout, axes, g.shape):
+            # First whole: else XLA has each device compute a part of what all have, and sends the parts round.
+            g = pin(g, layout, compute_spec(layout, axes, g.shape))
         g = pin(g, layout, gradient_spec(layout, axes, g.shape))
     return g.astype(dtype)
+
+
+def _is_repeated(layout: Layout, axes: Sequence[str | None], shape: Sequence[int]) -> bool:
+    """Whether devices that see the same tokens compute the same gradient: some mesh axis splits neither."""
+    split = {axis for name in ("batch", "length") for axis in layout.mesh_axes(name)}
+    split |= {axis for part in compute_spec(layout, axes, shape) for axis in axis_names(part)}
+    every = {axis for axis, size in layout.mesh.shape.items() if size > 1} - layout.manual - {"pipeline"}
+    return elements_a_layer(axes, shape) < SMALL and not every <= split
 
 
 def barrier(*trees: Any) -> tuple[Any, ...]:

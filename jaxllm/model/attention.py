@@ -68,7 +68,7 @@ class Attention(nnx.Module):
         cache: LayerCache | None = None,
         slots: CacheSlots | None = None,
     ) -> tuple[Float[Array, "batch length embed"], LayerCache | None]:
-        query, key, value = apply_together(x, [self.query, self.key, self.value])
+        query, key, value = apply_together(x, [self.query, self.key, self.value], dropout)
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if rotation is not None:
@@ -84,4 +84,4 @@ class Attention(nnx.Module):
             cache = LayerCache(write(cache.keys, key), write(cache.values, value))
             seen = (cache.keys, cache.values, segment_ids, slots.segment_ids, slots.first)
             output = cached_attention(query, *seen, self.pattern)
-        return self.out(output), cache
+        return self.out(output, dropout), cache

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.layout.layout import constrain
 from jaxllm.model.config import ModelConfig
+from jaxllm.model.dropout import DropoutKey
 from jaxllm.model.linear import Linear, apply_together
 
 ACTIVATIONS = {
@@ -43,11 +44,13 @@ class MLP(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length embed"]:
+    def __call__(
+        self, x: Float[Array, "batch length embed"], stream: DropoutKey | None = None
+    ) -> Float[Array, "batch length embed"]:
         activate = ACTIVATIONS[self.activation]
         if self.gate is None:
-            hidden = activate(self.up(x))
+            hidden = activate(self.up(x, stream))
         else:
-            gate, up = apply_together(x, [self.gate, self.up])
+            gate, up = apply_together(x, [self.gate, self.up], stream)
             hidden = activate(gate) * up
-        return self.down(constrain(hidden, "batch", "length", "mlp"))
+        return self.down(constrain(hidden, "batch", "length", "mlp"), stream)

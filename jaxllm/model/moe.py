@@ -16,9 +16,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.layout.experts import Dispatch, run_experts
 from jaxllm.layout.layers import LayerSums
-from jaxllm.layout.layout import constrain
+from jaxllm.layout.layout import constrain, current_layout
+from jaxllm.layout.nf4 import NF4
 from jaxllm.layout.scope import tensor_scope
-from jaxllm.layout.weights import small_weight
+from jaxllm.layout.weights import small_weight, whole_weight
+from jaxllm.model.adapter_config import AdapterConfig
+from jaxllm.model.adapters import LoRA
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.mlp import ACTIVATIONS
 from jaxllm.model.names import name_of
@@ -31,6 +34,24 @@ class Kernel(nnx.Module):
 
     def __init__(self, axes: tuple[str, ...], shape: tuple[int, ...], std: float, rngs: nnx.Rngs):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+        self.lora = nnx.data(None)
+
+    def adapt(self, config: AdapterConfig, rngs: nnx.Rngs) -> None:
+        """Puts a LoRA beside each expert's matrix."""
+        self.lora = LoRA(self.kernel.axes, self.kernel.shape, 1, config, rngs=rngs)
+
+    @property
+    def is_derived(self) -> bool:
+        """True where the matrices to multiply with are made of what is held: of 4 bits, or with an adapter."""
+        return self.lora is not None or isinstance(self.kernel[...], NF4)
+
+    def matrices(self, dtype: jnp.dtype) -> Float[Array, "..."]:
+        """The matrices to multiply with."""
+        if self.lora is not None:
+            return self.lora.merged(self.kernel)
+        if self.is_derived:
+            return whole_weight(current_layout(), self.kernel[...], self.kernel.axes, dtype)
+        return self.kernel[...]
 
 
 class MoE(nnx.Module):
@@ -71,18 +92,29 @@ class MoE(nnx.Module):
         if config.router_renormalize:
             shares /= shares.sum(-1, keepdims=True)
         choices = jnp.where(real[..., None], choices, config.num_experts)
-        kernels = [k.kernel for k in (self.gate, self.up, self.down) if k is not None]
-        y, dropped = run_experts(
-            self.dispatch,
-            FeedForward(config.activation, config.gated_mlp),
-            x,
-            choices,
-            shares,
-            tuple(kernel[...] for kernel in kernels),
-            tuple(kernel.axes for kernel in kernels),
-            tuple(name_of(kernel) for kernel in kernels),
-        )
+        y, dropped = self._run_experts(x, choices, shares)
         return y, self._sums(logits, probabilities, chosen, real, dropped, predicted)
+
+    def _run_experts(self, x, choices, shares):
+        kernels = [k for k in (self.gate, self.up, self.down) if k is not None]
+        graph, weights = nnx.split(kernels)
+
+        def run(x, shares, weights):
+            kernels = nnx.merge(graph, weights)
+            return run_experts(
+                self.dispatch,
+                FeedForward(self.config.activation, self.config.gated_mlp),
+                x,
+                choices,
+                shares,
+                tuple(kernel.matrices(x.dtype) for kernel in kernels),
+                tuple(kernel.kernel.axes for kernel in kernels),
+                tuple(name_of(kernel.kernel) for kernel in kernels),
+            )
+
+        # Matrices that are made for the occasion are made again in the backward pass, not kept for all layers.
+        derived = any(kernel.is_derived for kernel in kernels)
+        return (jax.checkpoint(run) if derived else run)(x, shares, weights)
 
     def _sums(self, logits, probabilities, chosen, real: Bool[Array, "batch length"], dropped, predicted) -> LayerSums:
         config, real = self.config, real.astype(jnp.float32)

@@ -8,9 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxllm.layout.scope import Tensor, map_leaves
+from jaxllm.layout.nf4 import NF4
+from jaxllm.layout.scope import NOTHING, Frozen, Tensor, joined, map_leaves, matching
+from jaxllm.model.adapter_config import NO_ADAPTER, AdapterConfig
+from jaxllm.model.adapters import AdapterConstant, AdapterParam
 from jaxllm.model.attention_backends import KEY_AXES, QUERY_AXES
 from jaxllm.model.config import ModelConfig
+from jaxllm.model.frozen import CODES, SCALES, freeze, frozen_shapes
 from jaxllm.model.transformer import RESIDUAL, WHOLE, Transformer
 
 Tree = dict[str, Any]  # nested by attribute name, e.g. tree["layers"]["attention"]["query"]["kernel"]
@@ -31,20 +35,72 @@ class _Fields(NamedTuple):
     graph: nnx.GraphDef
     shapes: Tree  # jax.ShapeDtypeStruct, float32
     axes: Tree  # tuples of logical axes; those of the layers begin with "layers"
+    adapter: AdapterConfig
+    kinds: dict[str, type[nnx.Variable]]  # path of each parameter: nnx.Param, or one of an adapter
 
 
 class ModelSpec(_Fields):
-    """What everything outside the model needs to know of it."""
+    """What everything outside the model needs to know of it.
+
+    Where there is an adapter its parameters are trained and all others frozen, else all are trained. Trees of parameters
+    are nested dicts; `trained`, `base` and `fixed` take their part of one.
+    """
 
     @cached_property
     def parameters(self) -> dict[str, Tensor]:
         """Each parameter by its path: "layers.attention.query.kernel"."""
         return map_leaves(lambda shape, axes: Tensor(axes, shape.shape), self.shapes, self.axes)
 
+    @property
+    def is_adapted(self) -> bool:
+        """Whether there is an adapter, and the rest is frozen."""
+        return self.adapter.kind != "none"
+
+    def trained(self, tree: Tree) -> Tree:
+        """What is trained: all, or the adapter without its constants."""
+        return self._of_kind(tree, AdapterParam) if self.is_adapted else tree
+
+    def base(self, tree: Tree) -> Tree:
+        """The model without its adapter."""
+        return self._of_kind(tree, nnx.Param)
+
+    def own(self, tree: Tree) -> Tree:
+        """What a checkpoint of a run holds: what is trained, and an adapter's constants."""
+        return joined(self.trained(tree), self._of_kind(tree, AdapterConstant))
+
+    def constants(self, tree: Tree) -> Tree:
+        """An adapter's parameters that are not trained."""
+        return self._of_kind(tree, AdapterConstant)
+
+    def _of_kind(self, tree: Tree, kind: type[nnx.Variable]) -> Tree:
+        return matching(tree, lambda path: self.kinds[path] is kind)
+
+    def frozen(self, compute: jnp.dtype) -> Frozen:
+        """The shapes and axes of what is held and not trained, as it is held: the base, and an adapter's constants."""
+        if not self.is_adapted:
+            return NOTHING
+        return frozen_shapes(
+            joined(self.base(self.shapes), self.constants(self.shapes)),
+            joined(self.base(self.axes), self.constants(self.axes)),
+            self.adapter,
+            compute,
+        )
+
+    def freeze(self, params: Tree, compute: jnp.dtype) -> Tree:
+        """What is not trained of float32 parameters, as `frozen` says. Traceable."""
+        held = joined(self.base(params), self.constants(params)) if self.is_adapted else {}
+        axes = joined(self.base(self.axes), self.constants(self.axes)) if self.is_adapted else {}
+        return freeze(held, axes, self.adapter, compute)
+
     @cached_property
     def num_parameters(self) -> int:
-        """Parameters, counted from the tree."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
+        """Parameters, counted from the tree; an adapter's too."""
+        return _count(self.shapes)
+
+    @cached_property
+    def num_trained_parameters(self) -> int:
+        """Those that have gradients."""
+        return _count(self.trained(self.shapes))
 
     @cached_property
     def num_active_parameters(self) -> int:
@@ -64,31 +120,53 @@ class ModelSpec(_Fields):
 
     def init(self, seed: int) -> Tree:
         """Fresh float32 parameters, a function of the seed alone. Trace it under `jit` with the shardings wanted."""
-        model = Transformer(self.config, rngs=nnx.Rngs(seed))
+        model = Transformer(self.config, self.adapter, rngs=_rngs(seed))
         return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
     def merge(self, params: Tree) -> Transformer:
-        """The model with these parameters, in any dtype."""
+        """The model with these parameters, in any dtype, or in 4 bits as `frozen` has them."""
         state = jax.tree.map(lambda leaf: leaf, self.graph_state)
-        nnx.replace_by_pure_dict(state, params)
+        nnx.replace_by_pure_dict(state, _unpacked(params, self.axes))
         return nnx.merge(self.graph, state)
 
     @cached_property
     def graph_state(self) -> nnx.State:
-        return nnx.state(_abstract(self.config), nnx.Param)
+        return nnx.state(_abstract(self.config, self.adapter), nnx.Param)
 
 
-def _abstract(config: ModelConfig) -> Transformer:
-    return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+def _rngs(seed: int) -> nnx.Rngs:
+    """An adapter draws from a stream of its own, so that it changes nothing of what the model starts from."""
+    return nnx.Rngs(seed, adapter=jax.random.fold_in(jax.random.key(seed), 1))
 
 
-def model_spec(config: ModelConfig) -> ModelSpec:
-    """The spec of a model; `config` must be `resolved`."""
-    graph, state = nnx.split(_abstract(config), nnx.Param)
+def _count(shapes: Tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def _unpacked(params: Tree, axes: Tree) -> Tree:
+    """Codes and scales as one weight."""
+    if set(params) == {CODES, SCALES}:
+        return NF4(params[CODES], params[SCALES], axes.index("embed") - len(axes))
+    return {key: _unpacked(p, axes[key]) if isinstance(p, dict) else p for key, p in params.items()}
+
+
+def _abstract(config: ModelConfig, adapter: AdapterConfig) -> Transformer:
+    return nnx.eval_shape(lambda: Transformer(config, adapter, rngs=_rngs(0)))
+
+
+def model_spec(config: ModelConfig, adapter: AdapterConfig = NO_ADAPTER) -> ModelSpec:
+    """The spec of a model; `config` must be `resolved`.
+
+    Raises:
+      UserError: an adapter for layers that the model does not have.
+    """
+    graph, state = nnx.split(_abstract(config, adapter), nnx.Param)
     is_param = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
-    axes = jax.tree_util.tree_map_with_path(_axes, state, is_leaf=is_param)
+    axes = _plain(jax.tree_util.tree_map_with_path(_axes, state, is_leaf=is_param))
+    types = _plain(jax.tree_util.tree_map_with_path(lambda _, param: (type(param),), state, is_leaf=is_param))
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), nnx.to_pure_dict(state))
-    return ModelSpec(config, graph, shapes, _plain(axes))
+    kinds = map_leaves(lambda _, found: found[0], shapes, types)
+    return ModelSpec(config, graph, shapes, axes, adapter, kinds)
 
 
 def _axes(path, param: nnx.Variable) -> tuple[str, ...]:

@@ -11,13 +11,16 @@ from jaxllm.layout.layout import current_layout, reshard
 from jaxllm.layout.rules import RESIDUAL_AXES
 from jaxllm.layout.scope import tensor_scope
 from jaxllm.layout.sequence import to_device_order, token_order
+from jaxllm.model.adapter_config import NO_ADAPTER, AdapterConfig
+from jaxllm.model.adapters import chosen_targets
 from jaxllm.model.attention import Attention, CacheSlots, LayerCache
 from jaxllm.model.cache import KVCache
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.dropout import DropoutKey, dropout, example_lengths, neftune
 from jaxllm.model.head import Head, HeadBias, HeadTransform, Table
+from jaxllm.model.linear import Linear
 from jaxllm.model.mlp import MLP
-from jaxllm.model.moe import MoE
+from jaxllm.model.moe import Kernel, MoE
 from jaxllm.model.names import name_of, name_parameters
 from jaxllm.model.norms import Norm
 from jaxllm.model.rope import Rotation, rotation
@@ -53,7 +56,7 @@ class Block(nnx.Module):
         x = x + _drop(reshard(h, RESIDUAL, WHOLE), self.dropout_rate, stream, "after_attention")
         x = self._after(self.attention_norm, x)
         h = reshard(self._before(self.mlp_norm, x), WHOLE, RESIDUAL)
-        h, sums = self.mlp(h, segment_ids, predicted) if isinstance(self.mlp, MoE) else (self.mlp(h), None)
+        h, sums = self.mlp(h, segment_ids, predicted) if isinstance(self.mlp, MoE) else (self.mlp(h, stream), None)
         x = x + _drop(reshard(h, RESIDUAL, WHOLE), self.dropout_rate, stream, "after_mlp")
         return self._after(self.mlp_norm, x), cache, sums
 
@@ -69,13 +72,25 @@ def _drop(x: Array, rate: float, stream: DropoutKey | None, place: str) -> Array
     return dropout(x, rate, stream.fold(place), token_order(current_layout(), x.shape[1])) if stream else x
 
 
-def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
+def _linear_layers(block: Block) -> dict[str, Linear | Kernel]:
+    """The linear maps of a block that an adapter may stand beside, by path: all but routers."""
+    modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(block)}
+    is_linear = lambda path, module: isinstance(module, (Linear, Kernel)) and not path.endswith("router")  # noqa: E731
+    return {path: module for path, module in modules.items() if is_linear(path, module)}
+
+
+def _stacked_blocks(config: ModelConfig, adapter: AdapterConfig, rngs: nnx.Rngs) -> Block:
     """All layers as one Block whose parameters have a leading `layers` axis."""
 
     @nnx.split_rngs(splits=config.num_layers)
     @nnx.vmap(in_axes=0, out_axes=0)
     def stack(rngs: nnx.Rngs) -> Block:
-        return Block(config, rngs=rngs)
+        block = Block(config, rngs=rngs)
+        if adapter.kind == "lora":
+            linear = _linear_layers(block)
+            for path in chosen_targets(adapter.targets, list(linear)):
+                linear[path].adapt(adapter, rngs)
+        return block
 
     return stack(rngs)
 
@@ -86,7 +101,7 @@ class Transformer(nnx.Module):
     Parameters are float32 and those of the layers stacked along a leading `layers` axis.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, adapter: AdapterConfig = NO_ADAPTER, *, rngs: nnx.Rngs):
         self.config = config
         self.embedding = Table(config, rngs=rngs)
         self.position_embedding = nnx.data(None)
@@ -100,7 +115,7 @@ class Transformer(nnx.Module):
             table = config.init_std * jax.random.normal(rngs.params(), shape, jnp.float32)
             self.type_embedding = nnx.Param(table, axes=(None, "embed"))
         self.embedding_norm = Norm(config) if config.embedding_norm else None
-        self.layers = _stacked_blocks(config, rngs)
+        self.layers = _stacked_blocks(config, adapter, rngs)
         self.final_norm = Norm(config) if config.norm_position == "pre" else None
         self.output = None if config.tied_head else Table(config, rngs=rngs)
         self.head_transform = HeadTransform(config, rngs=rngs) if config.head_transform else None
@@ -203,7 +218,7 @@ class Transformer(nnx.Module):
         self, tokens, positions, stream, token_types=None, lengths=None, noisy=None
     ) -> tuple[Array, Rotation | None]:
         # The dtype of the weights is the dtype of compute: the step casts them before the model sees them.
-        dtype = self.layers.attention.query.kernel.dtype
+        dtype = self.layers.attention_norm.scale.dtype
         x = self.embedding(tokens, dtype)
         if noisy is not None:
             order = token_order(current_layout(), x.shape[1])

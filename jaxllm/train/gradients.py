@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from jaxllm.layout import zero
 from jaxllm.layout.layout import Layout, constrain, current_layout, pin, use_layout
 from jaxllm.layout.pipeline import run_pipeline
-from jaxllm.layout.scope import map_named, tensor_scope
+from jaxllm.layout.scope import NOTHING, Frozen, joined, map_named, tensor_scope
 from jaxllm.layout.vocabulary import weight_dtype
 from jaxllm.model.head import Loss
 
@@ -39,12 +39,14 @@ def loss_and_gradients(
     compute: jnp.dtype,
     accumulate: jnp.dtype = jnp.float32,
     scale: Float[Array, ""] | float = 1.0,
+    frozen: Frozen = NOTHING,
 ) -> Gradients:
     """Sums loss and gradients over the microbatches of a batch.
 
     Args:
       loss: `loss(params in compute dtype, microbatch) -> Loss`.
       params, axes: the float32 master weights and their logical axes.
+      frozen: further weights, as they are held, that `loss` finds among the params and that have no gradients.
       batch: a tree of arrays with a leading `batch` axis; microbatch m has the rows m, m + M, m + 2M, …, so that no row
         leaves its device.
       scale: multiplies the loss that is differentiated (float16 needs it large, a sum over tokens small).
@@ -61,24 +63,31 @@ def loss_and_gradients(
             compute=compute,
             accumulate=accumulate,
             scale=scale,
+            frozen=frozen,
         )
         gradients = map_named(lambda g, a: _final(layout, g, a), summed.gradients, axes)
         return Gradients(summed.total, summed.weight, gradients, summed.statistics)
     weights = map_named(lambda w, a: zero.gather_for_step(layout, w, a, weight_dtype(a, compute)), params, axes)
+    held = _for_step(layout, frozen)
     microbatches = jax.tree.map(lambda x: _split(x, num_microbatches), batch)
-    once = _reduced_once(layout, params, axes)
+    once = _reduced_once(layout, joined(params, frozen.weights), joined(axes, frozen.axes))
     local = run = partial(_accumulate, layout and layout.inside(*once), loss, axes, accumulate)
     if once:
         run = jax.shard_map(
             lambda *arguments: _sum(once, local(*arguments), axes),
             mesh=layout.mesh,
-            in_specs=(P(), P(None, once), P()),
+            in_specs=(P(), P(), P(None, once), P()),
             out_specs=P(),
             axis_names=set(once),
             check_vma=False,
         )
-    summed = run(weights, microbatches, jnp.asarray(scale, jnp.float32))
+    summed = run(weights, held, microbatches, jnp.asarray(scale, jnp.float32))
     return summed._replace(gradients=map_named(lambda g, a: _final(layout, g, a), summed.gradients, axes))
+
+
+def _for_step(layout: Layout | None, frozen: Frozen) -> Tree:
+    """Frozen weights where a step wants them."""
+    return map_named(lambda w, a: zero.gather_for_step(layout, w, a, w.dtype), *frozen)
 
 
 def _sum(mesh_axes: tuple[str, ...], sums: Gradients, axes: Tree) -> Gradients:
@@ -97,12 +106,12 @@ def _reduced_once(layout: Layout | None, params: Tree, axes: Tree) -> tuple[str,
 
 
 def _accumulate(
-    layout, loss, axes: Tree, dtype: jnp.dtype, weights: Tree, microbatches: Tree, scale: Array
+    layout, loss, axes: Tree, dtype: jnp.dtype, weights: Tree, frozen: Tree, microbatches: Tree, scale: Array
 ) -> Gradients:
     """Sums over the microbatches, and over the devices that `layout` still sees apart."""
 
     def scaled(weights: Tree, microbatch: Tree) -> tuple[Array, Loss]:
-        result = loss(weights, microbatch)
+        result = loss(joined(weights, frozen), microbatch)
         return result.total * scale, result
 
     def one(microbatch: Tree) -> Gradients:
@@ -114,7 +123,7 @@ def _accumulate(
         if jax.tree.leaves(microbatches)[0].shape[0] == 1:
             return one(jax.tree.map(lambda x: x[0], microbatches))
         zeros = map_named(lambda w, a: _accumulator(layout, jnp.zeros(w.shape, dtype), a), weights, axes)
-        shapes = jax.eval_shape(loss, weights, jax.tree.map(lambda x: x[0], microbatches))
+        shapes = jax.eval_shape(loss, joined(weights, frozen), jax.tree.map(lambda x: x[0], microbatches))
         nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
         start = Gradients(nothing.total, nothing.weight, zeros, nothing.statistics)
         summed, _ = jax.lax.scan(lambda sums, m: (jax.tree.map(jnp.add, sums, one(m)), None), start, microbatches)
@@ -122,15 +131,21 @@ def _accumulate(
 
 
 def summed_loss(
-    loss: Callable[[Tree, Tree], Loss], params: Tree, axes: Tree, batch: Tree, *, compute: jnp.dtype
+    loss: Callable[[Tree, Tree], Loss],
+    params: Tree,
+    axes: Tree,
+    batch: Tree,
+    *,
+    compute: jnp.dtype,
+    frozen: Frozen = NOTHING,
 ) -> tuple[Array, Array]:
     """The summed loss of a batch and its weight, without gradients; a pipeline takes its microbatches in turn."""
     layout = current_layout()
     if layout is None or layout.num_stages == 1:
         weights = map_named(lambda w, a: zero.gather_for_step(layout, w, a, compute), params, axes)
-        return tuple(loss(weights, batch)[:2])
+        return tuple(loss(joined(weights, _for_step(layout, frozen)), batch)[:2])
     fill = {"num_microbatches": layout.num_microbatches, "schedule": "forward_only"}
-    summed = run_pipeline(layout, loss, params, axes, batch, compute=compute, **fill)
+    summed = run_pipeline(layout, loss, params, axes, batch, compute=compute, frozen=frozen, **fill)
     return summed.total, summed.weight
 
 

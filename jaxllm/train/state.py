@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxllm.layout import zero
-from jaxllm.layout.layout import Layout
+from jaxllm.layout.layout import Layout, as_dtype
+from jaxllm.model.lora_trees import started
 from jaxllm.model.spec import ModelSpec
 from jaxllm.train.optimizer import map_param_leaves
 
@@ -27,25 +28,29 @@ class TrainState(NamedTuple):
     """Everything a step reads and writes on the devices. The data iterator's state is saved beside it."""
 
     step: Int[Array, ""]  # batches consumed
-    params: Params  # float32 master weights; those of the layers stacked as [layers, …]
+    params: Params  # float32 master weights of what is trained; those of the layers stacked as [layers, …]
     optimizer: Any  # optax state; moments have the shapes of the params
     nonfinite: Int[Array, ""]  # steps without an update because the gradient was not finite
     loss_scale: Float[Array, ""]  # 1 unless compute is float16
     scale_age: Int[Array, ""]  # steps since the loss scale last changed
+    frozen: Params  # what is not trained, as it is held (model/frozen.py); {} where all is
 
 
 def new_state(
     spec: ModelSpec, optimizer: optax.GradientTransformation, seed: int, compute: str = "bfloat16"
 ) -> TrainState:
-    """The state at step 0. Traceable; `init_state` runs it on the devices of a layout."""
-    return state_of(spec.init(seed), optimizer, compute)
+    """The state at step 0 of a random model. Traceable; `init_state` runs it on the devices of a layout."""
+    return state_of(spec.init(seed), spec, optimizer, compute)
 
 
-def state_of(params: Params, optimizer: optax.GradientTransformation, compute: str = "bfloat16") -> TrainState:
-    """The state at step 0 of a run that starts from `params`. Traceable."""
+def state_of(
+    params: Params, spec: ModelSpec, optimizer: optax.GradientTransformation, compute: str = "bfloat16"
+) -> TrainState:
+    """The state at step 0 of a run that starts from `params`, float32, an adapter's among them. Traceable."""
     count = jnp.zeros((), jnp.int32)
     scale = jnp.float32(FIRST_LOSS_SCALE if compute == "float16" else 1)
-    return TrainState(count, params, optimizer.init(params), count, scale, count)
+    trained, held = spec.trained(params), spec.freeze(params, as_dtype(compute))
+    return TrainState(count, trained, optimizer.init(trained), count, scale, count, held)
 
 
 def abstract_state(
@@ -53,21 +58,29 @@ def abstract_state(
 ) -> TrainState:
     """The state as `jax.ShapeDtypeStruct`s with their shardings: what a checkpoint is restored into."""
     shapes = jax.eval_shape(lambda: new_state(spec, optimizer, 0, compute))
-    return place_state(shapes, spec, optimizer, layout)
+    return place_state(shapes, spec, optimizer, layout, compute)
 
 
 def place_state(
-    shapes: TrainState, spec: ModelSpec, optimizer: optax.GradientTransformation, layout: Layout
+    shapes: TrainState,
+    spec: ModelSpec,
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    compute: str = "bfloat16",
 ) -> TrainState:
     """The state's shapes with their shardings under `layout`, whose mesh may be an `AbstractMesh`."""
 
     def place(leaf: jax.ShapeDtypeStruct, partition: P = WHOLE) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(layout.mesh, partition))
 
-    specs = jax.tree.map(lambda leaf, axes: zero.state_spec(layout, axes, leaf.shape), spec.shapes, spec.axes)
+    def at_rest(shapes: Params, axes: Params) -> Params:
+        return jax.tree.map(lambda leaf, axes: zero.state_spec(layout, axes, leaf.shape), shapes, axes)
+
+    specs = at_rest(shapes.params, spec.trained(spec.axes))
     moments = map_param_leaves(optimizer, place, shapes.optimizer, specs, transform_non_params=place)
-    placed = jax.tree.map(place, shapes._replace(params=None, optimizer=None))
-    return placed._replace(params=jax.tree.map(place, shapes.params, specs), optimizer=moments)
+    frozen = jax.tree.map(place, shapes.frozen, at_rest(shapes.frozen, spec.frozen(as_dtype(compute)).axes))
+    placed = jax.tree.map(place, shapes._replace(params=None, optimizer=None, frozen=None))
+    return placed._replace(params=jax.tree.map(place, shapes.params, specs), optimizer=moments, frozen=frozen)
 
 
 def init_state(
@@ -83,16 +96,33 @@ def init_state(
 
 
 def init_state_from(
-    params: Params,
+    base: Params,
     spec: ModelSpec,
     optimizer: optax.GradientTransformation,
     layout: Layout,
+    seed: int = 0,
     compute: str = "bfloat16",
 ) -> TrainState:
-    """The state at step 0 around `params`, which lie where the state has them and are given up."""
+    """The state at step 0 around the parameters of a model, which lie as `abstract_base` says and are given up.
+
+    An adapter starts from `seed`, and from the model where its kind says so.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(spec, optimizer, layout, compute))
-    make = jax.jit(lambda params: state_of(params, optimizer, compute), out_shardings=shardings, donate_argnums=0)
-    return make(params)
+
+    def make(base: Params) -> TrainState:
+        return state_of(started(spec, base, seed), spec, optimizer, compute)
+
+    return jax.jit(make, out_shardings=shardings, donate_argnums=0)(base)
+
+
+def abstract_base(spec: ModelSpec, layout: Layout) -> Params:
+    """The float32 parameters of the model without its adapter, spread as a state is."""
+
+    def place(leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(layout.mesh, zero.state_spec(layout, axes, leaf.shape))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, spec.base(spec.shapes), spec.base(spec.axes))
 
 
 def bytes_per_device(abstract: Any) -> int:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from jaxllm.data.batch import Vocabulary, row_random
 from jaxllm.data.packing import empty_row
 from jaxllm.layout.layout import Layout, as_dtype, use_layout
-from jaxllm.layout.scope import tensor_scope
+from jaxllm.layout.scope import Frozen, tensor_scope
 from jaxllm.model.dropout import dropout_key
 from jaxllm.model.moe import router_metrics
 from jaxllm.model.spec import ModelSpec, model_spec
@@ -43,7 +43,8 @@ def make_train_step(
     """
     compute, accumulate = as_dtype(config.precision.compute), as_dtype(config.precision.gradients)
     model = spec.config
-    uses_dropout = model.dropout > 0 or model.attention_dropout > 0 or model.neftune_alpha > 0
+    uses_dropout = max(model.dropout, model.attention_dropout, model.neftune_alpha, spec.adapter.dropout) > 0
+    axes, frozen_axes = spec.trained(spec.axes), spec.frozen(compute).axes
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         rows = jax.tree.leaves(batch)[0].shape[0]
@@ -59,16 +60,17 @@ def make_train_step(
         summed = loss_and_gradients(
             loss,
             state.params,
-            spec.axes,
+            axes,
             (batch, stream),
             num_microbatches=layout.num_microbatches,
             compute=compute,
             accumulate=accumulate,
             scale=state.loss_scale / tokens,
+            frozen=Frozen(state.frozen, frozen_axes),
         )
         weight = jnp.maximum(summed.weight, 1)
         gradients = jax.tree.map(lambda g: g * (tokens / (weight * state.loss_scale)), summed.gradients)
-        every_axis = [*jax.tree.leaves(spec.axes, is_leaf=lambda a: isinstance(a, tuple)), ("state",)]
+        every_axis = [*jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple)), ("state",)]
         with tensor_scope("gradient_norm", *every_axis):
             norm = optax.tree.norm(gradients)
         with tensor_scope("optimizer", *every_axis):
@@ -137,23 +139,24 @@ def _rescale(old: TrainState, new: TrainState, finite: Array) -> TrainState:
 
 def make_eval_step(
     step: TrainStep, spec: ModelSpec, config: Config, layout: Layout
-) -> Callable[[Any, Any], tuple[Array, Array]]:
-    """Compiles `(params, batch) -> (summed loss in nats, tokens counted)`.
+) -> Callable[[Any, Any, Any], tuple[Array, Array]]:
+    """Compiles `(params, frozen, batch) -> (summed loss in nats, tokens counted)`, weights as a `TrainState` has them.
 
     That is what the text costs, so without dropout, z-loss and the losses of routers. A pipeline splits the batch into
     its microbatches, so that all stages have work.
     """
     # A token dropped because others are beside it would cost more in one evaluation than in another.
     alone = {"z_loss": 0.0, "router_balance_loss": 0.0, "router_z_loss": 0.0, "expert_dispatch": "dropless"}
-    spec = model_spec(dataclasses.replace(spec.config, **alone))
+    spec = model_spec(dataclasses.replace(spec.config, **alone), spec.adapter)
     compute = as_dtype(config.precision.compute)
 
     def loss(weights, batch):
         return step.loss(spec.merge(weights), batch, dropout=None)
 
     @jax.jit
-    def eval_step(params, batch):
+    def eval_step(params, frozen, batch):
+        held = Frozen(frozen, spec.frozen(compute).axes)
         with use_layout(layout):
-            return summed_loss(loss, params, spec.axes, batch, compute=compute)
+            return summed_loss(loss, params, spec.trained(spec.axes), batch, compute=compute, frozen=held)
 
     return eval_step

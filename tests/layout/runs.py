@@ -13,12 +13,14 @@ from jaxllm.data.batch import Batch, Vocabulary, row_random
 from jaxllm.data.config import DataConfig
 from jaxllm.layout.config import LayoutConfig, MeshConfig
 from jaxllm.layout.layout import Layout, make_layout
+from jaxllm.model.adapter_config import NO_ADAPTER, AdapterConfig
 from jaxllm.model.config import ModelConfig
+from jaxllm.model.lora_trees import started
 from jaxllm.model.spec import ModelSpec, model_spec
 from jaxllm.steps import STEPS
 from jaxllm.train.config import Config, OptimizerConfig, PrecisionConfig
 from jaxllm.train.optimizer import make_optimizer, make_schedule
-from jaxllm.train.state import FIRST_LOSS_SCALE, abstract_state, new_state
+from jaxllm.train.state import FIRST_LOSS_SCALE, abstract_state, state_of
 from jaxllm.train.train_step import make_train_step
 
 LLAMA = ModelConfig(
@@ -102,11 +104,12 @@ def canonical(shape: Shape) -> Shape:
 
 
 @functools.cache
-def parts(model: ModelConfig):
-    """Spec, optimizer, schedule and the first state on the host, made once a model."""
-    spec = model_spec(model)
-    optimizer = make_optimizer(FLOAT32.optimizer, 1000, spec.axes)
-    first = jax.device_get(jax.jit(lambda: new_state(spec, optimizer, 0))())
+def parts(model: ModelConfig, adapter: AdapterConfig = NO_ADAPTER):
+    """Spec, optimizer, schedule and the first state on the host, made once a model. An adapter is on a random model."""
+    spec = model_spec(model, adapter)
+    optimizer = make_optimizer(FLOAT32.optimizer, 1000, spec.trained(spec.axes))
+    make = lambda: state_of(started(spec, spec.base(spec.init(0)), 1), spec, optimizer, "float32")  # noqa: E731
+    first = jax.device_get(jax.jit(make)())
     return spec, optimizer, make_schedule(FLOAT32.optimizer, 1000), first
 
 
@@ -154,13 +157,20 @@ def run(model: ModelConfig, layout: Layout, steps: int = STEPS_TAKEN, compute: s
     return train(model, layout, steps, compute).numbers
 
 
-def train(model: ModelConfig, layout: Layout, steps: int, compute: str = "float32", step: str = "pretrain") -> Trained:
+def train(
+    model: ModelConfig,
+    layout: Layout,
+    steps: int,
+    compute: str = "float32",
+    step: str = "pretrain",
+    adapter: AdapterConfig = NO_ADAPTER,
+) -> Trained:
     """Trains for a few steps, each on its own batch."""
-    spec, optimizer, schedule, first = parts(model)
+    spec, optimizer, schedule, first = parts(model, adapter)
     config = dataclasses.replace(FLOAT32, precision=PrecisionConfig(compute=compute, gradients=layout.reduce_dtype))
     if compute == "float16":
         first = first._replace(loss_scale=np.float32(FIRST_LOSS_SCALE))
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(spec, optimizer, layout))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(spec, optimizer, layout, compute))
     state = jax.device_put(first, shardings)
     train_step = make_train_step(STEPS[step], spec, optimizer, schedule, config, layout)
     seen = []

@@ -1,0 +1,46 @@
+"""How frozen weights are held: once, in the dtype of compute, or the matrices of the layers in 4 bits."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxllm.layout import nf4
+from jaxllm.layout.scope import Frozen
+from jaxllm.layout.vocabulary import weight_dtype
+from jaxllm.model.adapter_config import AdapterConfig
+
+Tree = dict[str, Any]
+CODES, SCALES = "codes", "scales"  # what stands in place of a matrix in 4 bits
+
+
+def frozen_shapes(shapes: Tree, axes: Tree, config: AdapterConfig, compute: jnp.dtype) -> Frozen:
+    """Shapes, dtypes and axes of what `freeze` makes of weights with these shapes and axes."""
+    held = jax.eval_shape(lambda weights: freeze(weights, axes, config, compute), shapes)
+    return Frozen(held, _held_axes(held, axes))
+
+
+def freeze(weights: Tree, axes: Tree, config: AdapterConfig, compute: jnp.dtype) -> Tree:
+    """Float32 weights as they are held. Traceable."""
+
+    def held(path: tuple, w: Float[Array, "..."], w_axes: Sequence[str]) -> Array | Tree:
+        if config.base_weights == "nf4" and _is_packed(path, w_axes):
+            packed = nf4.quantize(w, w_axes.index("embed"))
+            return {CODES: packed.codes, SCALES: packed.scales}
+        return w.astype(weight_dtype(w_axes, compute))
+
+    return jax.tree_util.tree_map_with_path(held, weights, axes)
+
+
+def _is_packed(path: tuple, axes: Sequence[str]) -> bool:
+    """The matrices of the layers, but not routers, whose outputs lie close together."""
+    return path[-1].key == "kernel" and axes[0] == "layers" and None not in axes
+
+
+def _held_axes(held: Tree, axes: Tree | tuple) -> Tree:
+    """The axes, with those of a matrix for both of its parts."""
+    if not isinstance(axes, dict):
+        return {key: axes for key in held} if isinstance(held, dict) else axes
+    return {key: _held_axes(held[key], axes[key]) for key in held}
