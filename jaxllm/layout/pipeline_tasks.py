@@ -224,4 +224,6 @@ class Here:
             g = pin(g, layout, zero.gradient_spec(layout, axes, g.shape)).astype(total.dtype)
             return total.at[self.task.virtual_stage].add(g) if layered else total + g
 
-        return self.executor.place(carry._replace(weight_gradients=self.executor.each_trained(add, carry.weight_gradients)))
+        return self.executor.place(
+            carry._replace(weight_gradients=self.executor.each_trained(add, carry.weight_gradients))
+        )

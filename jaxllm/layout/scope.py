@@ -102,3 +102,8 @@ def joined(first: Any, second: Any) -> Any:
     for key, value in second.items():
         both[key] = joined(both[key], value) if key in both else value
     return both
+
+
+def like(tree: Any, part: Any) -> Any:
+    """What `tree`, a nested dict, has in the places of `part`."""
+    return {key: like(tree[key], value) if isinstance(value, dict) else tree[key] for key, value in part.items()}

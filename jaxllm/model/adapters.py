@@ -120,7 +120,7 @@ class LoRA(nnx.Module):
 
 
 def split_sides(values: tuple, sides: Sides) -> tuple[tuple, tuple, tuple]:
-    """Those of the stack, of the inputs and of the outputs."""
+    """Axes or sizes of a kernel: those of the stack, of the inputs and of the outputs."""
     first = sides.num_stacked + sides.num_inputs
     return values[: sides.num_stacked], values[sides.num_stacked : first], values[first:]
 
@@ -185,10 +185,10 @@ def _inputs(sides: Sides) -> tuple[int, ...]:
 
 def column_lengths(w: Float[Array, "*axes"], a: Array, b: Array, sides: Sides, scale: float) -> Float[Array, "outputs"]:
     """The lengths of the columns of W + scale * A B, which is never made; not of a stack."""
-    inputs = sides.num_inputs
-    down = jnp.tensordot(a, w, (range(inputs),) * 2)  # [rank, outputs]
-    squares = (w * w).sum(tuple(range(inputs))) + 2 * scale * (down * b).sum(0)
-    across = jnp.tensordot(a, a, (range(inputs),) * 2)
+    inputs = _inputs(sides)
+    down = jnp.tensordot(a, w, (inputs, inputs))  # [rank, outputs]
+    squares = (w * w).sum(inputs) + 2 * scale * (down * b).sum(0)
+    across = jnp.tensordot(a, a, (inputs, inputs))
     return jnp.sqrt(squares + scale**2 * (b * jnp.tensordot(across, b, 1)).sum(0))
 
 

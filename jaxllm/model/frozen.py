@@ -8,18 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.layout import nf4
-from jaxllm.layout.scope import Frozen
 from jaxllm.layout.vocabulary import weight_dtype
 from jaxllm.model.adapter_config import AdapterConfig
 
 Tree = dict[str, Any]
 CODES, SCALES = "codes", "scales"  # what stands in place of a matrix in 4 bits
-
-
-def frozen_shapes(shapes: Tree, axes: Tree, config: AdapterConfig, compute: jnp.dtype) -> Frozen:
-    """Shapes, dtypes and axes of what `freeze` makes of weights with these shapes and axes."""
-    held = jax.eval_shape(lambda weights: freeze(weights, axes, config, compute), shapes)
-    return Frozen(held, _held_axes(held, axes))
 
 
 def freeze(weights: Tree, axes: Tree, config: AdapterConfig, compute: jnp.dtype) -> Tree:
@@ -39,8 +32,8 @@ def _is_packed(path: tuple, axes: Sequence[str]) -> bool:
     return path[-1].key == "kernel" and axes[0] == "layers" and None not in axes
 
 
-def _held_axes(held: Tree, axes: Tree | tuple) -> Tree:
-    """The axes, with those of a matrix for both of its parts."""
+def held_axes(held: Tree, axes: Tree | tuple) -> Tree:
+    """The logical axes of what `freeze` made of weights with these axes."""
     if not isinstance(axes, dict):
         return {key: axes for key in held} if isinstance(held, dict) else axes
-    return {key: _held_axes(held[key], axes[key]) for key in held}
+    return {key: held_axes(held[key], axes[key]) for key in held}

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.layout.nf4 import NF4
-from jaxllm.layout.scope import NOTHING, Frozen, Tensor, joined, map_leaves, matching
+from jaxllm.layout.scope import Tensor, joined, map_leaves, matching
 from jaxllm.model.adapter_config import NO_ADAPTER, AdapterConfig
 from jaxllm.model.adapters import AdapterConstant, AdapterParam
 from jaxllm.model.attention_backends import KEY_AXES, QUERY_AXES
 from jaxllm.model.config import ModelConfig
-from jaxllm.model.frozen import CODES, SCALES, freeze, frozen_shapes
+from jaxllm.model.frozen import CODES, SCALES, freeze, held_axes
 from jaxllm.model.transformer import RESIDUAL, WHOLE, Transformer
 
 Tree = dict[str, Any]  # nested by attribute name, e.g. tree["layers"]["attention"]["query"]["kernel"]
@@ -64,33 +64,30 @@ class ModelSpec(_Fields):
         """The model without its adapter."""
         return self._of_kind(tree, nnx.Param)
 
-    def own(self, tree: Tree) -> Tree:
-        """What a checkpoint of a run holds: what is trained, and an adapter's constants."""
-        return joined(self.trained(tree), self._of_kind(tree, AdapterConstant))
-
     def constants(self, tree: Tree) -> Tree:
         """An adapter's parameters that are not trained."""
         return self._of_kind(tree, AdapterConstant)
 
+    def own(self, tree: Tree) -> Tree:
+        """What a checkpoint holds: what is trained, and an adapter's constants."""
+        return joined(self.trained(tree), self.constants(tree))
+
     def _of_kind(self, tree: Tree, kind: type[nnx.Variable]) -> Tree:
         return matching(tree, lambda path: self.kinds[path] is kind)
 
-    def frozen(self, compute: jnp.dtype) -> Frozen:
-        """The shapes and axes of what is held and not trained, as it is held: the base, and an adapter's constants."""
-        if not self.is_adapted:
-            return NOTHING
-        return frozen_shapes(
-            joined(self.base(self.shapes), self.constants(self.shapes)),
-            joined(self.base(self.axes), self.constants(self.axes)),
-            self.adapter,
-            compute,
-        )
+    @cached_property
+    def trained_axes(self) -> Tree:
+        """The logical axes of what is trained."""
+        return self.trained(self.axes)
 
-    def freeze(self, params: Tree, compute: jnp.dtype) -> Tree:
-        """What is not trained of float32 parameters, as `frozen` says. Traceable."""
-        held = joined(self.base(params), self.constants(params)) if self.is_adapted else {}
-        axes = joined(self.base(self.axes), self.constants(self.axes)) if self.is_adapted else {}
-        return freeze(held, axes, self.adapter, compute)
+    def frozen(self, params: Tree, compute: jnp.dtype) -> Tree:
+        """The base as it is held while an adapter is trained, of float32 parameters; else nothing. Traceable."""
+        return freeze(self.base(params), self.base(self.axes), self.adapter, compute) if self.is_adapted else {}
+
+    def held_axes(self, compute: jnp.dtype) -> Tree:
+        """The logical axes of what is not trained: of `frozen`, and of an adapter's constants."""
+        shapes = jax.eval_shape(lambda params: self.frozen(params, compute), self.shapes)
+        return joined(held_axes(shapes, self.base(self.axes)), self.constants(self.axes)) if self.is_adapted else {}
 
     @cached_property
     def num_parameters(self) -> int:

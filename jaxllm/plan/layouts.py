@@ -19,6 +19,7 @@ from jaxllm.layout.layout import REMAT, Layout
 from jaxllm.layout.mesh import AXES, mesh_shape
 from jaxllm.layout.rules import LOGICAL_AXES, RULE_SETS, Rules, make_rules
 from jaxllm.layout.schedules import SCHEDULES
+from jaxllm.model.adapter_config import AdapterConfig
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.spec import ModelSpec, model_spec
 from jaxllm.train.checks import check
@@ -129,15 +130,16 @@ def flags(config: Config, base: Config) -> list[str]:
 def bytes_at_rest(config: Config, num_devices: int) -> int:
     """Bytes of parameters and optimizer state that a device keeps between steps. The vocabulary must be known."""
     model = config.model.resolved()
-    spec, optimizer, shapes = _state_shapes(model, config.optimizer, config.train.steps, config.precision.compute)
+    compute = config.precision.compute
+    spec, optimizer, shapes = _state_shapes(model, config.adapter, config.optimizer, config.train.steps, compute)
     layout = _abstract_layout(_axis_sizes(config.mesh, num_devices), _rules(config.layout), config.layout.zero_stage)
-    return bytes_per_device(place_state(shapes, spec, optimizer, layout))
+    return bytes_per_device(place_state(shapes, spec, optimizer, layout, compute))
 
 
 @functools.lru_cache(maxsize=8)
-def _state_shapes(model: ModelConfig, optimizer: OptimizerConfig, steps: int, compute: str):
-    spec = _spec(model)
-    made = make_optimizer(optimizer, steps, spec.axes)
+def _state_shapes(model: ModelConfig, adapter: AdapterConfig, optimizer: OptimizerConfig, steps: int, compute: str):
+    spec = model_spec(model, adapter)
+    made = make_optimizer(optimizer, steps, spec.trained_axes)
     return spec, made, jax.eval_shape(lambda: new_state(spec, made, 0, compute))
 
 

@@ -49,8 +49,8 @@ def measure(config: Config, num_devices: int, steps: int = 3) -> Measurement:
     """Compiles the train step of `config` for the first `num_devices` devices; times `steps` steps after one more."""
     devices = jax.devices()[:num_devices]
     layout = make_layout(config.mesh, config.layout, reduce_dtype=config.precision.gradients, devices=devices)
-    spec = model_spec(config.model.resolved())
-    optimizer = make_optimizer(config.optimizer, config.train.steps, spec.axes)
+    spec = model_spec(config.model.resolved(), config.adapter)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, spec.trained_axes)
     schedule = make_schedule(config.optimizer, config.train.steps)
     state = init_state(spec, optimizer, layout, config.seed, config.precision.compute)
     batch = synthetic_batch(config, layout)

@@ -72,7 +72,7 @@ def make_program(config: Config, devices: Sequence[jax.Device] | None = None) ->
       UserError: a model whose vocabulary is that of a tokenizer which is not there.
     """
     model = config.model.resolved(0 if config.model.vocab_size else _vocab_size(config))
-    spec = model_spec(model)
+    spec = model_spec(model, config.adapter)
     layout = make_layout(
         config.mesh, config.layout, reduce_dtype=config.precision.gradients, devices=devices and list(devices)
     )
@@ -86,7 +86,7 @@ def lower_train_step(config: Config, devices: Sequence[jax.Device] | None = None
 
 
 def _optimizer(config: Config, spec: ModelSpec) -> Any:
-    return make_optimizer(config.optimizer, config.train.steps, spec.axes)
+    return make_optimizer(config.optimizer, config.train.steps, spec.trained_axes)
 
 
 def _vocab_size(config: Config) -> int:

@@ -1,10 +1,7 @@
 """What a train step is made of. Everything else (microbatches, layout, precision, optimizer) is shared."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
-
-from flax import nnx
 
 from jaxllm.data.batch import BatchKind
 from jaxllm.model.dropout import DropoutKey
@@ -26,4 +23,4 @@ class TrainStep:
     batch: BatchKind
     causal: bool = True  # whether the model must see only what comes before a token
     predicts_every_token: bool = False  # then the held-out loss is what the text costs, also in bits a character
-    trains: Callable[..., bool] | type[nnx.Variable] = nnx.Param  # an nnx filter
+    adapters: tuple[str, ...] = ("none",)  # the kinds of config.adapter.kind: what is trained, "none" the whole model

@@ -6,12 +6,9 @@ versions, metrics, hashes) as JSON. The arrays have one canonical form, so any l
 """
 
 import contextlib
-import errno
 import importlib.metadata
-import logging
 import math
 import shutil
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +19,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxllm.errors import UserError
+from jaxllm.layout.scope import joined, like
+from jaxllm.train.checkpoint_errors import first_line, hush_orbax, tells_damage, write_failure
 from jaxllm.train.state import Params, TrainState
 from jaxllm.train.tree_hash import tree_hash
 
@@ -35,7 +34,7 @@ class Restored(NamedTuple):
     """What a checkpoint held."""
 
     step: int
-    state: TrainState
+    state: TrainState  # without what it holds frozen
     data: dict[str, Any]  # the data iterator's state
     run: dict[str, Any]  # config, versions, metrics, parameter_hash, state_hash
 
@@ -63,7 +62,7 @@ class Checkpoints:
         self.directory, self.keep, self.keep_best, self.say = Path(directory).absolute(), keep, keep_best, say
         handlers = ocp.CompositeCheckpointHandler(handler_registry=_handlers(bytes_in_flight))
         self._orbax = ocp.AsyncCheckpointer(handlers)
-        _hush_orbax()
+        hush_orbax()
         self._saving: int | None = None
         self._removal: threading.Thread | None = None
 
@@ -81,9 +80,19 @@ class Checkpoints:
         return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
 
     def save(
-        self, state: TrainState, data: Mapping[str, Any], config: Mapping[str, Any], metrics: Mapping[str, float]
+        self,
+        state: TrainState,
+        data: Mapping[str, Any],
+        config: Mapping[str, Any],
+        metrics: Mapping[str, float],
+        base: Mapping[str, Any] | None = None,
     ) -> None:
         """Starts a save and returns once the arrays are copied to the host; after that `state` may be donated.
+
+        Of a run that trains an adapter this is the adapter alone.
+
+        Args:
+          base: which model an adapter is for: its `parameter_hash` and `step`.
 
         Waits for the save before. Older checkpoints go when a newer one is on disk, never earlier.
 
@@ -96,7 +105,8 @@ class Checkpoints:
             "config": dict(config),
             "versions": _versions(),
             "metrics": dict(metrics),
-            "parameter_hash": tree_hash(state.params),
+            "parameter_hash": tree_hash(_own(state)),
+            "base": dict(base or {}),
             "state_hash": tree_hash(_rest(state)),
         }
         self._saving = step
@@ -104,7 +114,7 @@ class Checkpoints:
             lambda: self._orbax.save(
                 self.directory / str(step),
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(state.params),
+                    params=ocp.args.StandardSave(_own(state)),
                     state=ocp.args.StandardSave(_nested(_rest(state))),
                     data=ocp.args.JsonSave(dict(data)),
                     run=ocp.args.JsonSave(run),
@@ -167,30 +177,41 @@ class Checkpoints:
         Raises:
           UserError: none can be read, one of another model, or arrays that differ from those saved.
         """
-        return self._newest(lambda step: self._restore_state(step, abstract), set_aside=True)
+        return self._newest(lambda step: self._restore_state(step, abstract), set_aside=True, steps=self.steps())
 
-    def restore_params(self, abstract: Params) -> tuple[int, Params, dict[str, Any]] | None:
+    def restore_params(self, abstract: Params, step: int | None = None) -> tuple[int, Params, dict[str, Any]] | None:
         """(step, parameters, JSON of the run) of the newest checkpoint that can be read; changes nothing on disk.
+
+        Args:
+          step: that of this step, and no other.
 
         Raises:
           UserError: as `restore`.
         """
-        return self._newest(lambda step: self._restore_params(step, abstract), set_aside=False)
+        steps = self.steps() if step is None else [step]
+        return self._newest(lambda step: self._restore_params(step, abstract), set_aside=False, steps=steps)
 
-    def _newest(self, read: Callable[[int], Any], set_aside: bool) -> Any:
-        """What `read` makes of the newest checkpoint it can read; None where there are none."""
-        steps = self.steps()
+    def step_with(self, parameter_hash: str) -> int | None:
+        """The step of the newest checkpoint with these parameters."""
+        for step in reversed(self.steps()):
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                if self._read_json(step, "run")["parameter_hash"] == parameter_hash:
+                    return step
+        return None
+
+    def _newest(self, read: Callable[[int], Any], set_aside: bool, steps: list[int]) -> Any:
+        """What `read` makes of the newest of these checkpoints that it can read; None where there are none."""
         for step in reversed(steps):
             try:
                 found = read(step)
             except PermissionError as error:
                 raise UserError(f"The checkpoint {self.directory / str(step)} may not be read: {error}.") from None
             except Exception as error:
-                if not _tells_damage(error):
+                if not tells_damage(error):
                     raise
                 earlier = [s for s in steps if s < step]
                 self.say(
-                    f"The checkpoint of step {step} is damaged and skipped ({_first_line(error)})."
+                    f"The checkpoint of step {step} is damaged and skipped ({first_line(error)})."
                     + (f" Trying the one before it, of step {earlier[-1]}." if earlier else "")
                 )
             else:
@@ -206,12 +227,13 @@ class Checkpoints:
 
     def _restore_state(self, step: int, abstract: TrainState) -> Restored:
         run = self._read_json(step, "run")
-        params = self._read_arrays(step, "params", abstract.params, run["parameter_hash"])
+        own = self._read_arrays(step, "params", _own(abstract), run["parameter_hash"])
         rest = _rest(abstract)
         nested = self._read_arrays(step, "state", _nested(rest), None)
         rest = jax.tree.unflatten(jax.tree.structure(rest), [_at(nested, path) for path in _paths(rest)])
         self._check_hash(step, "train state", tree_hash(rest), run["state_hash"])
-        return Restored(step, TrainState(params=params, **rest), self._read_json(step, "data"), run)
+        parts = {"params": like(own, abstract.params), "constants": like(own, abstract.constants), "frozen": {}}
+        return Restored(step, TrainState(**parts, **rest), self._read_json(step, "data"), run)
 
     def _restore_params(self, step: int, abstract: Params) -> tuple[int, Params, dict[str, Any]]:
         run = self._read_json(step, "run")
@@ -244,7 +266,7 @@ class Checkpoints:
         try:
             write()
         except Exception as error:
-            reason = _write_failure(error)
+            reason = write_failure(error)
             if reason is None:
                 raise
             whole = self.steps()
@@ -305,9 +327,15 @@ def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in VERSIONED}
 
 
+def _own(state: TrainState) -> Params:
+    """The parameters that belong to the run: not those of a model that it trains an adapter for."""
+    return joined(state.params, state.constants)
+
+
 def _rest(state: TrainState) -> dict[str, Any]:
     """The train state without its parameters."""
-    return {name: getattr(state, name) for name in TrainState._fields if name != "params"}
+    parameters = ("params", "constants", "frozen")
+    return {name: getattr(state, name) for name in TrainState._fields if name not in parameters}
 
 
 def _paths(tree: Any) -> dict[str, Any]:
@@ -350,56 +378,6 @@ def _check_same_arrays(folder: Path, item: str, abstract: Any, saved: Any) -> No
     what, group = ("model", "model") if item == "params" else ("optimizer", "optimizer")
     way_out = f"Use the config.{group} of that run, or another --workdir."
     raise UserError("\n".join([f"{folder} is a checkpoint of another {what}. {way_out}", *lines, *more]))
-
-
-def _write_failure(error: BaseException) -> str | None:
-    """Why the disk took no more, where that was the reason."""
-    seen: BaseException | None = error
-    while seen is not None:
-        number = getattr(seen, "errno", None)
-        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(seen):
-            return "no space left on the disk"
-        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return f"the folder is not writable: {seen}"
-        seen = seen.__cause__ or seen.__context__
-    return None
-
-
-def _tells_damage(error: Exception) -> bool:
-    """Whether reading failed for what is on the disk. Orbax wraps what TensorStore says of a shard in an Exception."""
-    cause = error.__cause__ if type(error) is Exception else error
-    return isinstance(cause, (OSError, ValueError, KeyError))
-
-
-def _hush_orbax() -> None:
-    """Keeps Orbax's own log off the terminal: what fails is raised, once.
-
-    It logs through absl, with tracebacks; after one failed read or write asyncio tells of every task beside it, and
-    TensorStore reports to an event loop that is closed.
-    """
-    for name in ("absl", "asyncio"):
-        logger = logging.getLogger(name)
-        if _is_news not in logger.filters:
-            logger.addFilter(_is_news)
-    previous = sys.unraisablehook
-    if getattr(previous, "__name__", "") == "without_closed_loops":
-        return
-
-    def without_closed_loops(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            previous(unraisable)
-
-    sys.unraisablehook = without_closed_loops
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    of_orbax = "orbax" in record.pathname if record.name == "absl" else "orbax" in record.getMessage()
-    return not of_orbax
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {text[:160]}"
 
 
 def _barrier(name: str) -> None:

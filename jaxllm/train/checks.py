@@ -16,10 +16,12 @@ from jaxllm.layout.mesh import mesh_shape
 from jaxllm.layout.named import is_named
 from jaxllm.layout.rules import LOGICAL_AXES, Rules, make_rules, own_rows, parse_overrides
 from jaxllm.layout.stages import make_stages
+from jaxllm.model.adapter_config import BASE_WEIGHTS, INITS, KINDS
 from jaxllm.model.attention_backends import choose_backend
 from jaxllm.model.rope import ROPE_SCALINGS
 from jaxllm.model.spec import ACTIVATIONS, model_spec
 from jaxllm.steps import STEPS
+from jaxllm.train.check_adapter import check_adapter
 from jaxllm.train.config import Config
 from jaxllm.train.optimizer import check_optimizer, make_schedule
 
@@ -29,6 +31,9 @@ CHOICES = {
     "model.norm": ("layernorm", "rmsnorm"),
     "model.norm_position": ("pre", "post"),
     "model.expert_dispatch": ("dropless", "capacity"),
+    "adapter.kind": KINDS,
+    "adapter.base_weights": BASE_WEIGHTS,
+    "adapter.init": INITS,
     "model.activation": ("gelu", "gelu_tanh", "silu", "relu"),
     "layout.remat": ("none", "selective", "full"),
     "layout.attention": ("auto", "xla", "cudnn"),
@@ -60,6 +65,7 @@ _AT_LEAST = {
     "model.rope_attention_factor": 0,
     "model.z_loss": 0,
     "model.neftune_alpha": 0,
+    "adapter.rank": 1,
     "layout.num_microbatches": 1,
     "data.length": 0,
     "data.batch_size": 1,
@@ -84,12 +90,14 @@ _ABOVE_ZERO = (
     "model.capacity_factor",
     "model.norm_epsilon",
     "model.init_std",
+    "adapter.alpha",
 )
 
 # name: (rule, what it says)
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "model.dropout": (lambda x: 0 <= x < 1, "from 0 up to, not including, 1"),
     "model.attention_dropout": (lambda x: 0 <= x < 1, "from 0 up to, not including, 1"),
+    "adapter.dropout": (lambda x: 0 <= x < 1, "from 0 up to, not including, 1"),
     "data.mask_fraction": (lambda x: 0 < x < 1, "between 0 and 1"),
     "layout.zero_stage": (lambda x: x in (0, 1, 2, 3), "0, 1, 2 or 3"),
 }
@@ -103,6 +111,7 @@ def check(config: Config, num_devices: int) -> None:
     """
     check_for_use(config, num_devices)
     _check_step(config)
+    check_adapter(config)
     check_packing(config.data, STEPS[config.train_step].batch)
     check_optimizer(config.optimizer)
     make_schedule(config.optimizer, config.train.steps)

@@ -11,9 +11,10 @@ from jaxllm.config import defaults, one_of, read_group
 from jaxllm.data.config import DataConfig
 from jaxllm.errors import UserError, did_you_mean
 from jaxllm.layout.config import LayoutConfig, MeshConfig
+from jaxllm.model.adapter_config import AdapterConfig
 from jaxllm.model.config import ModelConfig
 
-TRAIN_STEPS = ("pretrain", "mlm", "sft")
+TRAIN_STEPS = ("pretrain", "mlm", "sft", "lora", "prompt")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Config:
     train_step: str = "pretrain"
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)

@@ -54,11 +54,13 @@ def flops_per_token(spec: ModelSpec, length: int) -> float:
 
     The convention of PaLM (Chowdhery et al. 2022, appendix B): full attention, nothing for recomputation. N counts the
     parameters that multiply: tables that are only looked up (positions, and the embedding where the head is not tied
-    to it) count nothing; a tied table counts once, as the head; of experts only those that a token is sent to.
+    to it) count nothing; a tied table counts once, as the head; of experts only those that a token is sent to. Frozen
+    parameters multiply twice, not three times: they have no gradient.
 
     Args:
       length: tokens of a training sequence.
     """
     multiplying = spec.num_active_parameters - spec.num_embedding_parameters
     config = spec.config
-    return 6.0 * multiplying + 12.0 * config.num_layers * config.num_heads * config.head_dim * length
+    weights = 4.0 * multiplying + 2.0 * spec.num_trained_parameters if spec.is_adapted else 6.0 * multiplying
+    return weights + 12.0 * config.num_layers * config.num_heads * config.head_dim * length

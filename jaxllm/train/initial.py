@@ -3,17 +3,18 @@
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxllm.data.tokenizer_training import parse_tokenizer
-from jaxllm.errors import UserError
+from jaxllm.errors import UserError, did_you_mean
 from jaxllm.model.config import ModelConfig, differing
 from jaxllm.model.spec import ModelSpec
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.config import Config, read_config
 from jaxllm.train.state import Params
 
+ADAPTERS = "adapters"  # folder of a WORKDIR: a run of its own for each adapter of this model
 ORIGIN = "huggingface"  # folder of a WORKDIR: what an export needs of the directory that the model came from
 
 
@@ -46,14 +47,19 @@ def check_initial(config: Config, spec: ModelSpec, tokenizer: Tokenizer) -> None
       UserError: no run there, another model (by field) or another tokenizer.
     """
     source = Path(config.train.init_from)
-    stored = _newest_run(source)
-    model, folder = read_config(stored["config"]).model, source / "tokenizer"
-    if folder.exists() and (theirs := load_tokenizer(folder)).fingerprint != tokenizer.fingerprint:
+    theirs = read_config(_newest_run(source)["config"])
+    if theirs.adapter.kind != "none":
+        raise UserError(
+            f"config.train.init_from={source} is an adapter, not a model. Start from its base, {theirs.train.init_from}, "
+            f"or merge the two: jaxllm convert --from {source} --to WORKDIR."
+        )
+    model, folder = theirs.model, source / "tokenizer"
+    if folder.exists() and load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"config.train.init_from={source}: its model was trained with another tokenizer than "
             f"config.data.tokenizer={config.data.tokenizer}. Set config.data.tokenizer={folder}."
         )
-    vocab_size = theirs.vocab_size if folder.exists() else spec.config.vocab_size
+    vocab_size = load_tokenizer(folder).vocab_size if folder.exists() else spec.config.vocab_size
     fields = differing(model.resolved(vocab_size), spec.config)
     stretched = spec.config.rope_scaling != "none"
     for name in [name for name in fields if stretched and name.startswith("rope_") and name != "rope_theta"]:
@@ -92,14 +98,72 @@ def _check_original_length(source: Path, trained: ModelConfig, stretched: ModelC
         )
 
 
-def restore_initial(source: str, abstract: Params, say: Callable[[str], None]) -> Params:
+class Base(NamedTuple):
+    """A model's parameters, and which they are."""
+
+    params: Params
+    step: int
+    parameter_hash: str
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the checkpoint of an adapter says of the model that it is for."""
+        return {"step": self.step, "parameter_hash": self.parameter_hash}
+
+
+def restore_initial(source: str, abstract: Params, say: Callable[[str], None]) -> Base:
     """The parameters of the newest checkpoint of the run in `source`, placed as `abstract` says."""
     with Checkpoints(Path(source) / "checkpoints", say=say) as checkpoints:
         restored = checkpoints.restore_params(abstract)
     assert restored is not None, "check_initial found a checkpoint"
     step, params, run = restored
     say(f"parameters of {source}, step {step}, parameter hash {run['parameter_hash']}; a fresh optimizer")
-    return params
+    return Base(params, step, run["parameter_hash"])
+
+
+def restore_base(
+    workdir: Path, config: Config, identity: Mapping[str, Any], abstract: Params, say: Callable[[str], None]
+) -> Base:
+    """The parameters that the adapter in `workdir` was trained beside, placed as `abstract` says.
+
+    They are looked for in `config.train.init_from`, and where the adapter lies in BASE/adapters/NAME also in BASE.
+
+    Raises:
+      UserError: no such run, or one that has no checkpoint with these parameters.
+    """
+    wanted = identity["parameter_hash"]
+    places = [Path(config.train.init_from)]
+    places += [workdir.absolute().parent.parent] if workdir.absolute().parent.name == ADAPTERS else []
+    found = []
+    for place in places:
+        with Checkpoints(place / "checkpoints", say=say) as checkpoints:
+            found += checkpoints.steps()
+            step = checkpoints.step_with(wanted)
+            if step is not None:
+                restored = checkpoints.restore_params(abstract, step)
+                assert restored is not None
+                say(f"the base: {place}, step {step}, parameter hash {wanted} as when the adapter was trained")
+                return Base(restored[1], step, wanted)
+    where = " or ".join(map(str, places))
+    has = f"only of step {', '.join(map(str, found))}, with others" if found else "there is no checkpoint at all"
+    raise UserError(
+        f"{workdir} is an adapter for the parameters with hash {wanted} (step {identity['step']} of its base), which are "
+        f"not in {where}: {has}.\nAn adapter fits no other model. Give its base as --config.train.init_from=WORKDIR."
+    )
+
+
+def adapter_folder(workdir: str | Path, name: str) -> Path:
+    """The folder of the adapter `name` of the run in `workdir`.
+
+    Raises:
+      UserError: there is none of that name.
+    """
+    folder = Path(workdir) / ADAPTERS / name
+    if not (folder / "config.json").is_file():
+        there = sorted(path.parent.name for path in (Path(workdir) / ADAPTERS).glob("*/config.json"))
+        way_out = did_you_mean(name, there) if there else f"There are none: {Path(workdir) / ADAPTERS} is empty."
+        raise UserError(f"--adapter {name}: {workdir} has no adapter of that name. {way_out}")
+    return folder
 
 
 def carry_origin(source: str, workdir: Path) -> None:

@@ -27,6 +27,7 @@ from jaxllm.train.initial import (
     check_initial,
     refuse_new_tokenizer,
     refuse_parameters_alone,
+    restore_base,
     restore_initial,
 )
 from jaxllm.train.metrics import ProgressReport
@@ -35,7 +36,7 @@ from jaxllm.train.optimizer import make_optimizer, make_schedule
 from jaxllm.train.preemption import PreemptionNotice
 from jaxllm.train.resume import differences, refuse_breaking
 from jaxllm.train.start import data_config, describe_run
-from jaxllm.train.state import abstract_state, init_state, init_state_from
+from jaxllm.train.state import TrainState, abstract_base, abstract_state, frozen_state, init_state, init_state_from
 from jaxllm.train.step_trace import StepTrace
 from jaxllm.train.train_step import abstract_batch, make_eval_step, make_train_step
 
@@ -82,7 +83,7 @@ def train(
         length = config.data.length or config.model.max_length
         kind = STEPS[config.train_step].batch
         data = prepare(data_config(config, stored, workdir), length=length, kind=kind, progress=not quiet)
-        spec = model_spec(config.model.resolved(data.tokenizer.vocab_size))
+        spec = model_spec(config.model.resolved(data.tokenizer.vocab_size), config.adapter)
         if spec.config.vocab_size < data.tokenizer.vocab_size:
             raise UserError(
                 f"config.model.vocab_size={spec.config.vocab_size} is below the {data.tokenizer.vocab_size} pieces "
@@ -97,7 +98,7 @@ def train(
         loader = data.train_loader(batch_sharding, batch_size=config.data.batch_size, seed=config.seed)
         stack.callback(loader.close)
         schedule = make_schedule(config.optimizer, config.train.steps)
-        optimizer = make_optimizer(config.optimizer, config.train.steps, spec.axes)
+        optimizer = make_optimizer(config.optimizer, config.train.steps, spec.trained_axes)
 
         # The steps. What the compiler makes of the layout is checked before any step runs.
         abstract = abstract_state(spec, optimizer, layout, config.precision.compute)
@@ -117,16 +118,23 @@ def train(
 
         # State: restored, or fresh from the seed.
         restored = checkpoints.restore(abstract)
-        start, tokens_hash = 0, 0
+        start, tokens_hash, base = 0, 0, None
+        compute = config.precision.compute
         if restored is None and config.train.init_from:
-            params = restore_initial(config.train.init_from, abstract.params, report.say)
-            state = init_state_from(params, spec, optimizer, layout, config.precision.compute)
+            base = restore_initial(config.train.init_from, abstract_base(spec, layout), report.say)
+            state = init_state_from(base.params, spec, optimizer, layout, config.seed, compute)
         elif restored is None:
-            state = init_state(spec, optimizer, layout, config.seed, config.precision.compute)
+            state = init_state(spec, optimizer, layout, config.seed, compute)
         else:
             state, start, tokens_hash = restored.state, restored.step, restored.data["tokens_hash"]
+            if spec.is_adapted:
+                place = (restored.run["base"], abstract_base(spec, layout))
+                base = restore_base(workdir, config, *place, report.say)
+                state = state._replace(frozen=frozen_state(base.params, spec, layout, compute))
             loader.restore(restored.data["loader"])
             report.say(f"resumed at step {start}, parameter hash {restored.run['parameter_hash']} as saved")
+        identity = base.identity if base and spec.is_adapted else {}
+        del base  # its parameters are given up: what is needed of them is in the state
         _write_run(config, data, workdir)
 
         # What watches the run.
@@ -177,13 +185,13 @@ def train(
                     monitor.log(record)
                 report.say(_too_many_nonfinite(step, monitor.nonfinite_on_end, checkpoints.steps()))
                 return FAILED
-            evaluation = evaluate(eval_step, state.params, data, config, layout) if evaluates else {}
+            evaluation = evaluate(eval_step, state, data, config, layout) if evaluates else {}
             if logs:
                 monitor.log(record | evaluation)
             if saves:
                 monitor.sync()  # no checkpoint without the lines that lead to it
                 data_state = {"loader": loader.state(), "tokens_hash": tokens_hash}
-                checkpoints.save(state, data_state, config_dict(config), evaluation)
+                checkpoints.save(state, data_state, config_dict(config), evaluation, identity)
             if preempted:
                 checkpoints.wait()
                 report.say(
@@ -198,8 +206,8 @@ def train(
 
 
 def evaluate(
-    eval_step: Callable[[Any, Any], tuple[jax.Array, jax.Array]],
-    params: Any,
+    eval_step: Callable[[Any, Any, Any], tuple[jax.Array, jax.Array]],
+    state: TrainState,
     data: Dataset,
     config: Config,
     layout: Layout,
@@ -216,7 +224,7 @@ def evaluate(
     waiting: list[tuple[jax.Array, jax.Array]] = []
     with contextlib.closing(batches):
         for batch in islice(batches, config.train.eval_batches * microbatches or None):
-            waiting.append(in_order(eval_step(params, batch)))
+            waiting.append(in_order(eval_step(state.params, state.held, batch)))
             if len(waiting) > 1:  # one in work, one dispatched
                 total, count = jax.device_get(waiting.pop(0))
                 nats, weight = nats + np.float64(total), weight + np.float64(count)

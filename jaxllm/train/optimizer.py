@@ -85,7 +85,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[jax.ty
 def decay_table(config: OptimizerConfig, axes: Mapping[str, Any]) -> dict[str, bool]:
     """Parameter path -> is it decayed? In the order of the tree; what the run prints at start.
 
-    `decay_mask` "matrices" decays every parameter but norms (`scale`), biases and the table of learned positions; "all"
+    `decay_mask` "matrices" decays every parameter but norms (`scale`), biases, lengths (`magnitude`) and the table of learned positions; "all"
     every one; anything else is a regular expression, and the paths in which it is found are decayed.
 
     Raises:
@@ -95,7 +95,9 @@ def decay_table(config: OptimizerConfig, axes: Mapping[str, Any]) -> dict[str, b
     if config.decay_mask == "all":
         return dict.fromkeys(paths, True)
     if config.decay_mask == "matrices":
-        return {p: p.split("/")[-1] not in ("bias", "scale") and "position_embedding" not in p for p in paths}
+        return {
+            p: p.split("/")[-1] not in ("bias", "scale", "magnitude") and "position_embedding" not in p for p in paths
+        }
     try:
         pattern = re.compile(config.decay_mask)
     except re.error as error:

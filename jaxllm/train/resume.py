@@ -15,6 +15,7 @@ BREAKING = (
     "train_step",
     "seed",
     "model.",
+    "adapter.",
     "data.length",
     "data.packing",
     "data.shuffle",
@@ -23,8 +24,15 @@ BREAKING = (
     "data.truncation",
     "optimizer.name",
 )
-# Of the model these change nothing that is learned.
-HARMLESS = ("model.dropout", "model.attention_dropout", "model.neftune_alpha", "model.z_loss", "model.init_std")
+# Of the model and its adapter these change nothing that is learned.
+HARMLESS = (
+    "model.dropout",
+    "model.attention_dropout",
+    "model.neftune_alpha",
+    "model.z_loss",
+    "model.init_std",
+    "adapter.dropout",
+)
 
 
 def differences(stored: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
@@ -46,11 +54,14 @@ def refuse_breaking(changed: Mapping[str, tuple[Any, Any]], workdir: Path) -> No
     if "data.tokenizer" in changed and not _same_tokenizer(changed["data.tokenizer"][1], workdir):
         breaking.append("data.tokenizer")
     if breaking:
+        adapts = changed.get("adapter.kind", ("", "none"))[1] != "none"
+        hint = f" (of an adapter, {workdir}/adapters/NAME)" if adapts else ""
         lines = [
             f"config.{name}: {changed[name][0]!r} in the checkpoint, {changed[name][1]!r} now" for name in breaking
         ]
         raise UserError(
-            f"{workdir} holds another run. Set back what differs, or give another --workdir:\n  " + "\n  ".join(lines)
+            f"{workdir} holds another run. Set back what differs, or give another --workdir{hint}:\n  "
+            + "\n  ".join(lines)
         )
 
 

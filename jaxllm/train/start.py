@@ -40,21 +40,40 @@ def describe_run(config: Config, spec: ModelSpec, layout: Layout, abstract: Trai
     tokens = config.data.batch_size * data.length
     microbatches = config.layout.num_microbatches
     state, params = bytes_per_device(abstract), bytes_per_device(abstract.params)
+    frozen = bytes_per_device(abstract.held)
     peak = peak_flops(device)
     return [
         f"model: {spec.num_parameters:,} parameters, {spec.num_embedding_parameters:,} of them only looked up"
         + (f"; {spec.num_active_parameters:,} at work for a token" if spec.config.num_experts else ""),
+        *_adapter_lines(spec, abstract),
         *_decay_lines(config, spec),
         f"devices: {layout.mesh.size} x {device.device_kind}, {mesh}, ZeRO {layout.zero_stage}",
         *_pipeline_lines(layout, spec),
-        f"bytes a device at rest: {state:,} ({params:,} of parameters, the rest optimizer)",
+        f"bytes a device at rest: {state:,} ({params:,} of parameters, "
+        + (f"{frozen:,} frozen, " if frozen else "")
+        + "the rest optimizer)",
         f"{check_backend(layout, spec.config, config.precision.compute)}; compute in {config.precision.compute}",
         f"tokens a step: {tokens:,} = {config.data.batch_size} sequences x {data.length}"
         + (f", in {microbatches} microbatches" if microbatches > 1 else ""),
         f"run: {config.train.steps:,} steps, {config.train.steps * tokens:,} tokens, "
         f"{config.train.steps * config.data.batch_size / data.rows_an_epoch(config.seed):.2f} epochs",
-        f"FLOPs a token: {flops_per_token(spec, data.length):.4g} = 6 N + 12 layers heads head_dim length; "
+        f"FLOPs a token: {flops_per_token(spec, data.length):.4g} = "
+        f"{'4 N + 2 trained' if spec.is_adapted else '6 N'} + 12 layers heads head_dim length; "
         + (f"MFU against {peak / 1e12:,.0f} TFLOP/s a device" if peak else "no peak known for this device, so no MFU"),
+    ]
+
+
+def _adapter_lines(spec: ModelSpec, abstract: TrainState) -> list[str]:
+    """What is trained, and how the rest is held: its bytes in all."""
+    if not spec.is_adapted:
+        return []
+    trained, base = spec.num_trained_parameters, spec.num_parameters - spec.num_trained_parameters
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract.held))
+    config = spec.adapter
+    of = f" of rank {config.rank}, scale {config.scale:g}" if config.kind == "lora" else ""
+    return [
+        f"adapter: {config.kind}{of}: {trained:,} parameters are trained, {trained / spec.num_parameters:.3%} of all",
+        f"frozen: {base:,} parameters in {held:,} bytes, {held / base:.3f} a parameter",
     ]
 
 
@@ -78,8 +97,8 @@ def _pipeline_lines(layout: Layout, spec: ModelSpec) -> list[str]:
 
 
 def _decay_lines(config: Config, spec: ModelSpec) -> list[str]:
-    table = decay_table(config.optimizer, spec.axes)
-    shapes = {path: list(leaf.shape) for path, leaf in flat_paths(spec.shapes).items()}
+    table = decay_table(config.optimizer, spec.trained_axes)
+    shapes = {path: list(leaf.shape) for path, leaf in flat_paths(spec.trained(spec.shapes)).items()}
     width = max(map(len, table))
     head = (
         f"weight decay {config.optimizer.weight_decay:g} (config.optimizer.decay_mask={config.optimizer.decay_mask}):"

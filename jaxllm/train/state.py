@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.layout import zero
 from jaxllm.layout.layout import Layout, as_dtype
+from jaxllm.layout.scope import joined, like
 from jaxllm.model.lora_trees import started
 from jaxllm.model.spec import ModelSpec
 from jaxllm.train.optimizer import map_param_leaves
@@ -33,7 +34,13 @@ class TrainState(NamedTuple):
     nonfinite: Int[Array, ""]  # steps without an update because the gradient was not finite
     loss_scale: Float[Array, ""]  # 1 unless compute is float16
     scale_age: Int[Array, ""]  # steps since the loss scale last changed
-    frozen: Params  # what is not trained, as it is held (model/frozen.py); {} where all is
+    constants: Params  # an adapter's parameters that are not trained, float32; mostly {}
+    frozen: Params  # the model that an adapter is for, as it is held (model/frozen.py); in no checkpoint
+
+    @property
+    def held(self) -> Params:
+        """What a step computes with and does not train."""
+        return joined(self.constants, self.frozen)
 
 
 def new_state(
@@ -49,8 +56,8 @@ def state_of(
     """The state at step 0 of a run that starts from `params`, float32, an adapter's among them. Traceable."""
     count = jnp.zeros((), jnp.int32)
     scale = jnp.float32(FIRST_LOSS_SCALE if compute == "float16" else 1)
-    trained, held = spec.trained(params), spec.freeze(params, as_dtype(compute))
-    return TrainState(count, trained, optimizer.init(trained), count, scale, count, held)
+    trained, frozen = spec.trained(params), spec.frozen(params, as_dtype(compute))
+    return TrainState(count, trained, optimizer.init(trained), count, scale, count, spec.constants(params), frozen)
 
 
 def abstract_state(
@@ -76,11 +83,15 @@ def place_state(
     def at_rest(shapes: Params, axes: Params) -> Params:
         return jax.tree.map(lambda leaf, axes: zero.state_spec(layout, axes, leaf.shape), shapes, axes)
 
-    specs = at_rest(shapes.params, spec.trained(spec.axes))
+    specs = at_rest(shapes.params, spec.trained_axes)
     moments = map_param_leaves(optimizer, place, shapes.optimizer, specs, transform_non_params=place)
-    frozen = jax.tree.map(place, shapes.frozen, at_rest(shapes.frozen, spec.frozen(as_dtype(compute)).axes))
-    placed = jax.tree.map(place, shapes._replace(params=None, optimizer=None, frozen=None))
-    return placed._replace(params=jax.tree.map(place, shapes.params, specs), optimizer=moments, frozen=frozen)
+    parts = {"params": specs}
+    for name in ("constants", "frozen"):
+        part = getattr(shapes, name)
+        parts[name] = at_rest(part, like(spec.held_axes(as_dtype(compute)), part))
+    placed = jax.tree.map(place, shapes._replace(optimizer=None, **dict.fromkeys(parts)))
+    trees = {name: jax.tree.map(place, getattr(shapes, name), specs) for name, specs in parts.items()}
+    return placed._replace(optimizer=moments, **trees)
 
 
 def init_state(
@@ -113,6 +124,18 @@ def init_state_from(
         return state_of(started(spec, base, seed), spec, optimizer, compute)
 
     return jax.jit(make, out_shardings=shardings, donate_argnums=0)(base)
+
+
+def frozen_state(base: Params, spec: ModelSpec, layout: Layout, compute: str) -> Params:
+    """`TrainState.frozen` of the parameters of a model, which lie as `abstract_base` says and are given up."""
+
+    def place(leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> NamedSharding:
+        return NamedSharding(layout.mesh, zero.state_spec(layout, axes, leaf.shape))
+
+    freeze = lambda base: spec.frozen(base, as_dtype(compute))  # noqa: E731
+    shapes = jax.eval_shape(freeze, base)
+    shardings = jax.tree.map(place, shapes, like(spec.held_axes(as_dtype(compute)), shapes))
+    return jax.jit(freeze, out_shardings=shardings, donate_argnums=0)(base)
 
 
 def abstract_base(spec: ModelSpec, layout: Layout) -> Params:

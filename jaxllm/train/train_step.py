@@ -44,7 +44,7 @@ def make_train_step(
     compute, accumulate = as_dtype(config.precision.compute), as_dtype(config.precision.gradients)
     model = spec.config
     uses_dropout = max(model.dropout, model.attention_dropout, model.neftune_alpha, spec.adapter.dropout) > 0
-    axes, frozen_axes = spec.trained(spec.axes), spec.frozen(compute).axes
+    axes, held_axes = spec.trained_axes, spec.held_axes(compute)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         rows = jax.tree.leaves(batch)[0].shape[0]
@@ -66,7 +66,7 @@ def make_train_step(
             compute=compute,
             accumulate=accumulate,
             scale=state.loss_scale / tokens,
-            frozen=Frozen(state.frozen, frozen_axes),
+            frozen=Frozen(state.held, held_axes),
         )
         weight = jnp.maximum(summed.weight, 1)
         gradients = jax.tree.map(lambda g: g * (tokens / (weight * state.loss_scale)), summed.gradients)
@@ -140,7 +140,7 @@ def _rescale(old: TrainState, new: TrainState, finite: Array) -> TrainState:
 def make_eval_step(
     step: TrainStep, spec: ModelSpec, config: Config, layout: Layout
 ) -> Callable[[Any, Any, Any], tuple[Array, Array]]:
-    """Compiles `(params, frozen, batch) -> (summed loss in nats, tokens counted)`, weights as a `TrainState` has them.
+    """Compiles `(params, held, batch) -> (summed loss in nats, tokens counted)`, weights as in a `TrainState`.
 
     That is what the text costs, so without dropout, z-loss and the losses of routers. A pipeline splits the batch into
     its microbatches, so that all stages have work.
@@ -154,9 +154,9 @@ def make_eval_step(
         return step.loss(spec.merge(weights), batch, dropout=None)
 
     @jax.jit
-    def eval_step(params, frozen, batch):
-        held = Frozen(frozen, spec.frozen(compute).axes)
+    def eval_step(params, held, batch):
+        frozen = Frozen(held, spec.held_axes(compute))
         with use_layout(layout):
-            return summed_loss(loss, params, spec.trained(spec.axes), batch, compute=compute, frozen=held)
+            return summed_loss(loss, params, spec.trained_axes, batch, compute=compute, frozen=frozen)
 
     return eval_step

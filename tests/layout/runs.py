@@ -107,7 +107,7 @@ def canonical(shape: Shape) -> Shape:
 def parts(model: ModelConfig, adapter: AdapterConfig = NO_ADAPTER):
     """Spec, optimizer, schedule and the first state on the host, made once a model. An adapter is on a random model."""
     spec = model_spec(model, adapter)
-    optimizer = make_optimizer(FLOAT32.optimizer, 1000, spec.trained(spec.axes))
+    optimizer = make_optimizer(FLOAT32.optimizer, 1000, spec.trained_axes)
     make = lambda: state_of(started(spec, spec.base(spec.init(0)), 1), spec, optimizer, "float32")  # noqa: E731
     first = jax.device_get(jax.jit(make)())
     return spec, optimizer, make_schedule(FLOAT32.optimizer, 1000), first

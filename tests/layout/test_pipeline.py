@@ -174,7 +174,9 @@ def test_evaluation_runs_forwards_alone():
     spec, _, _, first = parts(small)
     layout = pipeline("1f1b", 4, model=2)
     single = make_layout(MeshConfig(data=1), LayoutConfig(), devices=jax.devices()[:1])
-    total, weight = make_eval_step(STEPS["pretrain"], spec, FLOAT32, layout)(first.params, {}, make_batch(spec, 0, layout))
+    total, weight = make_eval_step(STEPS["pretrain"], spec, FLOAT32, layout)(
+        first.params, {}, make_batch(spec, 0, layout)
+    )
     expected = make_eval_step(STEPS["pretrain"], spec, FLOAT32, single)(first.params, {}, make_batch(spec, 0, single))
     np.testing.assert_allclose([total, weight], expected, rtol=1e-6)
 

@@ -1,0 +1,56 @@
+"""What Orbax says where reading or writing fails, sorted: a full disk, damage, and what need not be told."""
+
+import errno
+import logging
+import sys
+from typing import Any
+
+
+def write_failure(error: BaseException) -> str | None:
+    """Why the disk took no more, where that was the reason."""
+    seen: BaseException | None = error
+    while seen is not None:
+        number = getattr(seen, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(seen):
+            return "no space left on the disk"
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return f"the folder is not writable: {seen}"
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def tells_damage(error: Exception) -> bool:
+    """Whether reading failed for what is on the disk. Orbax wraps what TensorStore says of a shard in an Exception."""
+    cause = error.__cause__ if type(error) is Exception else error
+    return isinstance(cause, (OSError, ValueError, KeyError))
+
+
+def hush_orbax() -> None:
+    """Keeps Orbax's own log off the terminal: what fails is raised, once.
+
+    It logs through absl, with tracebacks; after one failed read or write asyncio tells of every task beside it, and
+    TensorStore reports to an event loop that is closed.
+    """
+    for name in ("absl", "asyncio"):
+        logger = logging.getLogger(name)
+        if _is_news not in logger.filters:
+            logger.addFilter(_is_news)
+    previous = sys.unraisablehook
+    if getattr(previous, "__name__", "") == "without_closed_loops":
+        return
+
+    def without_closed_loops(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            previous(unraisable)
+
+    sys.unraisablehook = without_closed_loops
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    of_orbax = "orbax" in record.pathname if record.name == "absl" else "orbax" in record.getMessage()
+    return not of_orbax
+
+
+def first_line(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {text[:160]}"
