@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +18,13 @@ from jaxllm.generate.decode import Weights
 from jaxllm.layout import zero
 from jaxllm.layout.config import MeshConfig
 from jaxllm.layout.layout import Layout, as_dtype, make_layout
+from jaxllm.layout.scope import joined, like
 from jaxllm.model.attention_check import check_backend
 from jaxllm.model.spec import ModelSpec, model_spec
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.checks import check_for_use
 from jaxllm.train.config import Config, config_dict, read_config
+from jaxllm.train.initial import restore_base
 
 
 class Run(NamedTuple):
@@ -135,7 +138,7 @@ def open_run(workdir: str | Path, config: Config | None = None, say: Callable[[s
     tokenizer = load_tokenizer(workdir / "tokenizer")
     # z-loss is a part of training, not of what a text costs; and no token is dropped because others are beside it.
     model = dataclasses.replace(config.model, z_loss=0.0, expert_dispatch="dropless")
-    spec = model_spec(model.resolved(tokenizer.vocab_size))
+    spec = model_spec(model.resolved(tokenizer.vocab_size), config.adapter)
     if spec.config.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"{workdir / 'tokenizer'} has {tokenizer.vocab_size} pieces, but config.model.vocab_size="
@@ -143,12 +146,27 @@ def open_run(workdir: str | Path, config: Config | None = None, say: Callable[[s
         )
     layout = make_layout(config.mesh, config.layout)
     check_backend(layout, dataclasses.replace(spec.config, attention_dropout=0.0), config.precision.compute)
-    with Checkpoints(workdir / "checkpoints", say=say or (lambda line: print(line, file=sys.stderr))) as checkpoints:
-        restored = checkpoints.restore_params(at_rest(spec, layout))
+    step, params = restore_for_use(workdir, config, spec, layout, say or (lambda line: print(line, file=sys.stderr)))
+    return Run(config, spec, cast_for_use(params, spec, layout, config.precision.compute), layout, tokenizer, step)
+
+
+def restore_for_use(
+    workdir: Path, config: Config, spec: ModelSpec, layout: Layout, say: Callable[[str], None]
+) -> tuple[int, Weights]:
+    """(step, float32 parameters) of a run's newest checkpoint; of an adapter's, with those of its base.
+
+    Raises:
+      UserError: no checkpoint, or an adapter whose base is not there.
+    """
+    abstract = at_rest(spec, layout)
+    with Checkpoints(workdir / "checkpoints", say=say) as checkpoints:
+        restored = checkpoints.restore_params(spec.own(abstract))
     if restored is None:
         raise UserError(f"{workdir} has no checkpoint yet. Train first: jaxllm train --workdir {workdir} …")
-    step, params, _ = restored
-    return Run(config, spec, cast_for_use(params, spec, layout, config.precision.compute), layout, tokenizer, step)
+    step, params, run = restored
+    if spec.is_adapted:
+        params = joined(params, restore_base(workdir, config, run["base"], spec.base(abstract), say).params)
+    return step, params
 
 
 def at_rest(spec: ModelSpec, layout: Layout) -> Weights:
@@ -163,7 +181,15 @@ def at_rest(spec: ModelSpec, layout: Layout) -> Weights:
 
 
 def cast_for_use(params: Weights, spec: ModelSpec, layout: Layout, compute: str) -> Weights:
-    """The parameters in the dtype `compute`, where the layout computes with them."""
+    """The parameters in the dtype `compute`, or as an adapter's base is held, where the layout computes with them."""
     dtype = as_dtype(compute)
-    cast = lambda params: jax.tree.map(lambda w, a: zero.gather_for_step(layout, w, a, dtype), params, spec.axes)  # noqa: E731
+
+    def cast(params: Weights) -> Weights:
+        own = jax.tree.map(partial(zero.gather_for_step, layout, dtype=dtype), spec.own(params), spec.own(spec.axes))
+        frozen = spec.frozen(params, dtype)
+        if not frozen:
+            return own
+        place = lambda w, a: zero.gather_for_step(layout, w, a, w.dtype)  # noqa: E731
+        return joined(own, jax.tree.map(place, frozen, like(spec.held_axes(dtype), frozen)))
+
     return jax.jit(cast)(params)

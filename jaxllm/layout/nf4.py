@@ -43,8 +43,8 @@ class NF4:
     """A weight in 4 bits.
 
     Args:
-      codes: two levels a byte: the axis `axis`, `embed` of the weight, is half as long. The first half of a block are the
-        low bits.
+      codes: two levels a byte, so the axis `axis` (`embed` of the weight) is half as long. The first half of a block
+        are the low bits.
       scales: bfloat16, one a block.
     """
 

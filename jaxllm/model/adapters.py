@@ -63,8 +63,8 @@ class LoRA(nnx.Module):
         sizes, fan_in = split_sides(shape, self.sides), math.prod(split_sides(shape, self.sides)[1])
         if config.init == "pissa" and config.rank > min(fan_in, math.prod(sizes[2])):
             raise UserError(
-                f"config.adapter.rank={config.rank}: init='pissa' takes so many singular vectors of every matrix, and one "
-                f"of {fan_in} x {math.prod(sizes[2])} has fewer. Lower the rank, or use init='kaiming'."
+                f"config.adapter.rank={config.rank}: init='pissa' takes so many singular vectors of every matrix, and "
+                f"one of {fan_in} x {math.prod(sizes[2])} has fewer. Lower the rank, or use init='kaiming'."
             )
         a_shape, b_shape = (*sizes[0], *sizes[1], config.rank), (*sizes[0], config.rank, *sizes[2])
         a_axes, b_axes = (*stack, *inputs, "rank"), (*stack, "rank", *outputs)

@@ -42,8 +42,8 @@ class _Fields(NamedTuple):
 class ModelSpec(_Fields):
     """What everything outside the model needs to know of it.
 
-    Where there is an adapter its parameters are trained and all others frozen, else all are trained. Trees of parameters
-    are nested dicts; `trained`, `base` and `fixed` take their part of one.
+    Where there is an adapter its parameters are trained and all others frozen, else all are trained. Trees of
+    parameters are nested dicts; `trained`, `base`, `constants` and `own` take their part of one.
     """
 
     @cached_property

@@ -17,8 +17,8 @@ def check_adapter(config: Config) -> None:
     if adapter.kind == "none":
         if adapter.base_weights != "compute":
             raise UserError(
-                f"config.adapter.base_weights={adapter.base_weights}: without an adapter (config.adapter.kind=none) every "
-                "weight is trained, and none can be held so. Use --config.train_step=lora --config.adapter.kind=lora."
+                f"config.adapter.base_weights={adapter.base_weights}: without an adapter (config.adapter.kind=none) "
+                "every weight is trained, and none can be held so. Use --config.train_step=lora --config.adapter.kind=lora."
             )
         return
     if not config.train.init_from:
@@ -34,8 +34,8 @@ def check_adapter(config: Config) -> None:
     spec = model_spec(config.model.resolved(1), adapter)  # refuses targets that are not there
     if adapter.kind == "lora" and adapter.dropout and any("experts" in axes for axes in _of_adapter(spec)):
         raise UserError(
-            f"config.adapter.dropout={adapter.dropout:g}: an adapter of experts has none, their matrices are merged for "
-            "each step. Set it to 0, or leave mlp.gate, mlp.up and mlp.down out of config.adapter.targets."
+            f"config.adapter.dropout={adapter.dropout:g}: an adapter of experts has none, their matrices are merged "
+            "for each step. Set it to 0, or leave mlp.gate, mlp.up and mlp.down out of config.adapter.targets."
         )
 
 

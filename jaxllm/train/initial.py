@@ -50,8 +50,8 @@ def check_initial(config: Config, spec: ModelSpec, tokenizer: Tokenizer) -> None
     theirs = read_config(_newest_run(source)["config"])
     if theirs.adapter.kind != "none":
         raise UserError(
-            f"config.train.init_from={source} is an adapter, not a model. Start from its base, {theirs.train.init_from}, "
-            f"or merge the two: jaxllm convert --from {source} --to WORKDIR."
+            f"config.train.init_from={source} is an adapter, not a model. Start from its base, "
+            f"{theirs.train.init_from}, or merge the two: jaxllm convert --from {source} --to WORKDIR."
         )
     model, folder = theirs.model, source / "tokenizer"
     if folder.exists() and load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
@@ -147,8 +147,8 @@ def restore_base(
     where = " or ".join(map(str, places))
     has = f"only of step {', '.join(map(str, found))}, with others" if found else "there is no checkpoint at all"
     raise UserError(
-        f"{workdir} is an adapter for the parameters with hash {wanted} (step {identity['step']} of its base), which are "
-        f"not in {where}: {has}.\nAn adapter fits no other model. Give its base as --config.train.init_from=WORKDIR."
+        f"{workdir} is an adapter for the parameters with hash {wanted} (step {identity['step']} of its base), which "
+        f"are not in {where}: {has}.\nAn adapter fits no other model. Give its base as --config.train.init_from=WORKDIR."
     )
 
 

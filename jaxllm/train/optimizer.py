@@ -85,8 +85,8 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[jax.ty
 def decay_table(config: OptimizerConfig, axes: Mapping[str, Any]) -> dict[str, bool]:
     """Parameter path -> is it decayed? In the order of the tree; what the run prints at start.
 
-    `decay_mask` "matrices" decays every parameter but norms (`scale`), biases, lengths (`magnitude`) and the table of learned positions; "all"
-    every one; anything else is a regular expression, and the paths in which it is found are decayed.
+    `decay_mask` "matrices" decays every parameter but norms (`scale`), biases, lengths (`magnitude`) and the table of
+    learned positions; "all" every one; anything else is a regular expression, and the paths in which it is found are decayed.
 
     Raises:
       UserError: a faulty regular expression, or one found in no path.
@@ -95,9 +95,8 @@ def decay_table(config: OptimizerConfig, axes: Mapping[str, Any]) -> dict[str, b
     if config.decay_mask == "all":
         return dict.fromkeys(paths, True)
     if config.decay_mask == "matrices":
-        return {
-            p: p.split("/")[-1] not in ("bias", "scale", "magnitude") and "position_embedding" not in p for p in paths
-        }
+        no_matrices = ("bias", "scale", "magnitude")
+        return {p: p.split("/")[-1] not in no_matrices and "position_embedding" not in p for p in paths}
     try:
         pattern = re.compile(config.decay_mask)
     except re.error as error:

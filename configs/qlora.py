@@ -1,0 +1,15 @@
+"""QLoRA: LoRA beside a base that is held in 4 bits, 0.53 bytes a weight of its matrices (jaxllm/layout/nf4.py).
+
+jaxllm train --config configs/qlora.py:runs/base --workdir runs/base/adapters/chat --config.data.path=instructions.jsonl
+"""
+
+from pathlib import Path
+
+from jaxllm.cli.config_file import call_config_file
+
+
+def get_config(base=""):
+    config = call_config_file(f"{Path(__file__).with_name('lora.py')}:{base}")
+    config.adapter.update(base_weights="nf4", rank=64, alpha=16.0)  # Dettmers et al. 2023, appendix B
+    config.layout.update(remat="full")
+    return config
