@@ -24,7 +24,8 @@ def open_workdir(options: argparse.Namespace, overrides: Mapping[str, str]) -> "
     """The run of --workdir with the overrides laid over its config.
 
     Raises:
-      UserError: no --workdir, no run or no such adapter there, an unknown field, or a layout that does not fit the devices.
+      UserError: no --workdir, no run or no such adapter there, an unknown field, or a layout that does not fit the
+        devices.
     """
     if not options.workdir:
         raise UserError("say which run: --workdir DIR, the folder that `jaxllm train --workdir DIR` wrote.")

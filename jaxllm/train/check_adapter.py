@@ -18,7 +18,8 @@ def check_adapter(config: Config) -> None:
         if adapter.base_weights != "compute":
             raise UserError(
                 f"config.adapter.base_weights={adapter.base_weights}: without an adapter (config.adapter.kind=none) "
-                "every weight is trained, and none can be held so. Use --config.train_step=lora --config.adapter.kind=lora."
+                "every weight is trained, and none can be held so. "
+                "Use --config.train_step=lora --config.adapter.kind=lora."
             )
         return
     if not config.train.init_from:

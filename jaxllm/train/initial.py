@@ -148,7 +148,7 @@ def restore_base(
     has = f"only of step {', '.join(map(str, found))}, with others" if found else "there is no checkpoint at all"
     raise UserError(
         f"{workdir} is an adapter for the parameters with hash {wanted} (step {identity['step']} of its base), which "
-        f"are not in {where}: {has}.\nAn adapter fits no other model. Give its base as --config.train.init_from=WORKDIR."
+        f"are not in {where}: {has}.\nAn adapter fits no other model. Give its base: --config.train.init_from=WORKDIR."
     )
 
 

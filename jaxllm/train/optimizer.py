@@ -86,7 +86,8 @@ def decay_table(config: OptimizerConfig, axes: Mapping[str, Any]) -> dict[str, b
     """Parameter path -> is it decayed? In the order of the tree; what the run prints at start.
 
     `decay_mask` "matrices" decays every parameter but norms (`scale`), biases, lengths (`magnitude`) and the table of
-    learned positions; "all" every one; anything else is a regular expression, and the paths in which it is found are decayed.
+    learned positions; "all" every one; anything else is a regular expression, and the paths in which it is found are
+    decayed.
 
     Raises:
       UserError: a faulty regular expression, or one found in no path.

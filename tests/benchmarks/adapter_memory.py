@@ -3,9 +3,9 @@
     python -m tests.benchmarks.adapter_memory
 
 A Llama of 1.1 billion parameters, one sequence of 512 tokens, remat `full`. Prints a Markdown table: bytes at rest by
-part of the state, and what a step needs besides at its peak. XLA's CPU backend multiplies bfloat16 as float32, and keeps
-matrices that do not change converted while a step runs: 4.5 GB here that no GPU needs, and that the rows in float32 are
-without. XLA's GPU compiler may arrange a step otherwise; what is at rest is the same.
+part of the state, and what a step needs besides at its peak. XLA's CPU backend multiplies bfloat16 as float32, and
+keeps matrices that do not change converted while a step runs: 4.5 GB here that no GPU needs, and that the rows in
+float32 are without. XLA's GPU compiler may arrange a step otherwise; what is at rest is the same.
 """
 
 import os

@@ -10,6 +10,7 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,9 @@ TEMPLATE = """{{- bos_token }}{%- for message in messages %}{%- if message.role 
 {%- else %}{{- message.content + '>' }}{%- endif %}{%- endfor %}"""
 
 
+Pairs = Sequence[tuple[str, str]]
+
+
 class Task(NamedTuple):
     """Files of training and held-out examples, none of which is in both, and the chat template."""
 
@@ -40,12 +44,19 @@ def write_task(folder: Path, letters: int, examples: int, held_out: int = 200) -
     draw, seen = random.Random(0), set()
     while len(seen) < examples + held_out:
         seen.add(tuple(draw.choices(ALPHABET, k=letters)))
-    folder.mkdir(parents=True, exist_ok=True)
-    questions, task = sorted(seen), Task(*(folder / name for name in ("train.jsonl", "held_out.jsonl", "t.jinja")))
+    questions = sorted(seen)
     draw.shuffle(questions)
-    task.template.write_text(TEMPLATE, encoding="utf-8")
-    for path, part in ((task.train, questions[held_out:]), (task.held_out, questions[:held_out])):
-        records = [{"messages": _talk(" ".join(q), " ".join(reversed(q)))} for q in part]
+    pairs = [(" ".join(question), " ".join(reversed(question))) for question in questions]
+    return write_examples(folder, pairs[held_out:], pairs[:held_out], TEMPLATE)
+
+
+def write_examples(folder: Path, train: Pairs, held_out: Pairs, template: str) -> Task:
+    """Pairs of question and answer as conversations."""
+    folder.mkdir(parents=True, exist_ok=True)
+    task = Task(*(folder / name for name in ("train.jsonl", "held_out.jsonl", "t.jinja")))
+    task.template.write_text(template, encoding="utf-8")
+    for path, pairs in ((task.train, train), (task.held_out, held_out)):
+        records = [{"messages": _talk(*pair)} for pair in pairs]
         path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return task
 
