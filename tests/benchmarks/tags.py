@@ -3,8 +3,8 @@
     python -m tests.benchmarks.tags --workdir runs/tags
 
 A small Llama learns to copy, reverse and sort six letters, by a tag before them. Then the tag is left out, and an
-adapter of each kind is trained for reversal beside the frozen base. The control: a base that can only copy. LoRA teaches
-it to reverse; a prefix, which adds to what is attended and changes no attention, does not (Petrov et al. 2023).
+adapter of each kind is trained for reversal beside the frozen base. The control: a base that can only copy. LoRA
+teaches it to reverse; a prefix, which adds to what is attended and changes no attention, does not (Petrov et al. 2023).
 
 Prints the part of 200 held-out answers that are exact, parameters, steps and seconds. A base that is there is not
 trained again.
