@@ -123,11 +123,12 @@ def init_state_from(
     def make(base: Params) -> TrainState:
         return state_of(started(spec, base, seed), spec, optimizer, compute)
 
-    return jax.jit(make, out_shardings=shardings, donate_argnums=0)(base)
+    given_up = () if spec.is_adapted else (0,)  # a base is held in another dtype: nothing of it can be used again
+    return jax.jit(make, out_shardings=shardings, donate_argnums=given_up)(base)
 
 
 def frozen_state(base: Params, spec: ModelSpec, layout: Layout, compute: str) -> Params:
-    """`TrainState.frozen` of the parameters of a model, which lie as `abstract_base` says and are given up."""
+    """`TrainState.frozen` of the parameters of a model, which lie as `abstract_base` says."""
 
     def place(leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> NamedSharding:
         return NamedSharding(layout.mesh, zero.state_spec(layout, axes, leaf.shape))
@@ -135,7 +136,7 @@ def frozen_state(base: Params, spec: ModelSpec, layout: Layout, compute: str) ->
     freeze = lambda base: spec.frozen(base, as_dtype(compute))  # noqa: E731
     shapes = jax.eval_shape(freeze, base)
     shardings = jax.tree.map(place, shapes, like(spec.held_axes(as_dtype(compute)), shapes))
-    return jax.jit(freeze, out_shardings=shardings, donate_argnums=0)(base)
+    return jax.jit(freeze, out_shardings=shardings)(base)
 
 
 def abstract_base(spec: ModelSpec, layout: Layout) -> Params:
