@@ -7,13 +7,11 @@ The base is the run in a WORKDIR, trained or imported. An adapter is a run of it
 BASE/adapters/NAME it is found by its name.
 """
 
-from pathlib import Path
-
-from jaxllm.cli.config_file import call_config_file
+from jaxllm.cli.config_file import config_beside
 
 
 def get_config(base=""):
-    config = call_config_file(f"{Path(__file__).with_name('sft.py')}:{base}")
+    config = config_beside(__file__, "sft.py", base)
     config.train_step = "lora"
     config.adapter.update(kind="lora", rank=16, alpha=32.0, targets="all-linear")
     config.optimizer.learning_rate = 2e-4  # about ten times that of full fine-tuning

@@ -3,13 +3,11 @@
 jaxllm train --config configs/qlora.py:runs/base --workdir runs/base/adapters/chat --config.data.path=instructions.jsonl
 """
 
-from pathlib import Path
-
-from jaxllm.cli.config_file import call_config_file
+from jaxllm.cli.config_file import config_beside
 
 
 def get_config(base=""):
-    config = call_config_file(f"{Path(__file__).with_name('lora.py')}:{base}")
+    config = config_beside(__file__, "lora.py", base)
     config.adapter.update(base_weights="nf4", rank=64, alpha=16.0)  # Dettmers et al. 2023, appendix B
     config.layout.update(remat="full")
     return config

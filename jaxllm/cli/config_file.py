@@ -51,6 +51,12 @@ def call_config_file(path: str) -> ConfigDict:
     return merge(config)
 
 
+def config_beside(file: str, name: str, argument: str = "") -> ConfigDict:
+    """The config of the file `name` in the folder of `file`, for a config that is a small difference from another."""
+    path = str(Path(file).with_name(name))
+    return call_config_file(f"{path}:{argument}" if argument else path)
+
+
 def merge(values: Mapping[str, Any]) -> ConfigDict:
     """`values`, which may leave fields out, over the defaults. Raises a UserError on a field that is unknown."""
     config = base_config()

@@ -1,10 +1,12 @@
 """Every config that comes with jaxllm can be read, and fits the machines it names."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from jaxllm.cli.config_file import load_config
+from jaxllm.errors import UserError
 from jaxllm.model.spec import model_spec
 from jaxllm.train.checks import check
 
@@ -22,6 +24,8 @@ DEVICES = {
     "moe_1t.py": 2048,
 }
 
+OF_A_BASE = ("lora.py", "qlora.py")
+
 
 @pytest.mark.parametrize(("name", "devices"), DEVICES.items())
 def test_config_fits_its_machine(name, devices):
@@ -35,7 +39,21 @@ def test_the_large_mixture_has_the_parameters_it_says():
 
 
 def test_every_config_is_tested():
-    assert {file.name for file in CONFIGS.glob("*.py")} == {name.partition(":")[0] for name in DEVICES}
+    assert {file.name for file in CONFIGS.glob("*.py")} == {name.partition(":")[0] for name in DEVICES} | {*OF_A_BASE}
+
+
+@pytest.mark.parametrize("name", OF_A_BASE)
+def test_configs_beside_a_base(name, tmp_path):
+    """For any run; without one they say what is missing."""
+    model = {"num_layers": 2, "embed_dim": 64, "vocab_size": 300, "positions": "rope", "max_length": 4096}
+    (tmp_path / "config.json").write_text(json.dumps({"model": model}))
+    config = load_config(f"{CONFIGS / name}:{tmp_path}", {})
+    check(config, 1)
+    assert config.train.init_from == str(tmp_path) and config.model.embed_dim == 64 and config.data.length == 2048
+    stretched = {"model.rope_scaling": "yarn", "model.rope_factor": "2.0", "model.max_length": "8192"}
+    check(load_config(f"{CONFIGS / name}:{tmp_path}", stretched | {"data.length": "8192"}), 1)
+    with pytest.raises(UserError, match="say which one, --config.train.init_from=WORKDIR"):
+        check(load_config(str(CONFIGS / name), {}), 1)
 
 
 def test_what_the_help_of_a_config_says_can_be_set():
