@@ -4,7 +4,7 @@ import difflib
 import fnmatch
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import PartitionSpec as P
@@ -25,7 +25,7 @@ class TensorRow(NamedTuple):
     compute: dict[str, str]  # logical axis -> mesh axes, joined by "+", while it is computed with
     at_rest: dict[str, str] | None  # the same of the master weight; None for an activation
     local_shape: tuple[int, ...]  # on one device: at rest, or of the activation
-    bytes: int  # the float32 master weight, or the activation in the dtype of compute, on one device
+    bytes: int  # on one device: the float32 master weight, a frozen one as held, or the activation in the dtype of compute
     optimizer_bytes: int  # its moments on one device
 
 
@@ -49,17 +49,20 @@ class CollectiveRow(NamedTuple):
 
 def tensor_rows(program: Program) -> list[TensorRow]:
     """Every parameter by its path, then the main activations."""
-    layout, moments = program.layout, _moments(program)
-    rows = [_parameter(layout, path, w, moments.get(path, 0)) for path, w in program.spec.parameters.items()]
+    layout, state = program.layout, program.state
+    held, moments = _bytes_of(program, (state.params, state.held)), _bytes_of(program, state.optimizer)
+    rows = [
+        _parameter(layout, path, w, held[path], moments.get(path, 0)) for path, w in program.spec.parameters.items()
+    ]
     itemsize = as_dtype(program.config.precision.compute).itemsize
     return rows + [_activation(layout, name, a, itemsize) for name, a in program.activations.items()]
 
 
-def _parameter(layout: Layout, path: str, w: Tensor, optimizer_bytes: int) -> TensorRow:
+def _parameter(layout: Layout, path: str, w: Tensor, held: int, optimizer_bytes: int) -> TensorRow:
     at_rest = zero.state_spec(layout, *w)
     shape = local_shape(layout, w, at_rest)
     compute = _written(w, zero.compute_spec(layout, *w))
-    return TensorRow(path, _sizes(w), compute, _written(w, at_rest), shape, 4 * math.prod(shape), optimizer_bytes)
+    return TensorRow(path, _sizes(w), compute, _written(w, at_rest), shape, held, optimizer_bytes)
 
 
 def _activation(layout: Layout, name: str, a: Tensor, itemsize: int) -> TensorRow:
@@ -77,13 +80,13 @@ def _written(tensor: Tensor, spec: P) -> dict[str, str]:
     return {axis or "-": "+".join(axis_names(part)) for axis, part in parts if axis_names(part)}
 
 
-def _moments(program: Program) -> dict[str, int]:
-    """Bytes on one device of each parameter's moments: the leaves of the optimizer's state that lie at its path."""
+def _bytes_of(program: Program, part: Any) -> dict[str, int]:
+    """Bytes on one device of what a part of the state has at each parameter's path: moments, or codes and scales."""
     found: dict[str, int] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(program.state.optimizer):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(part):
         keys = [key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        suffixes = [path_name(keys[start:]) for start in range(len(keys))]
-        name = next((suffix for suffix in suffixes if suffix in program.spec.parameters), "")
+        paths = [path_name(keys[start:end]) for start in range(len(keys)) for end in range(len(keys), start, -1)]
+        name = next((path for path in paths if path in program.spec.parameters), "")
         size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         found[name] = found.get(name, 0) + size
     return found

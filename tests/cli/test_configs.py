@@ -52,7 +52,7 @@ def test_configs_beside_a_base(name, tmp_path):
     assert config.train.init_from == str(tmp_path) and config.model.embed_dim == 64 and config.data.length == 2048
     stretched = {"model.rope_scaling": "yarn", "model.rope_factor": "2.0", "model.max_length": "8192"}
     check(load_config(f"{CONFIGS / name}:{tmp_path}", stretched | {"data.length": "8192"}), 1)
-    with pytest.raises(UserError, match="say which one, --config.train.init_from=WORKDIR"):
+    with pytest.raises(UserError, match=r"say which one, --config\.train\.init_from=WORKDIR"):
         check(load_config(str(CONFIGS / name), {}), 1)
 
 
