@@ -73,7 +73,9 @@ def main(argv: list[str]) -> int:
 
 def _add_text_flags(parser: Parser) -> None:
     group = parser.add_argument_group("with --input")
-    group.add_argument("--source", default="", help="text, jsonl, parquet, arrayrecord, tfds:…; default: by the suffix")
+    group.add_argument(
+        "--source", default="", help="text, jsonl, json, parquet, csv, arrayrecord, tfds:…; or by suffix"
+    )
     group.add_argument("--field", default="text", help="field of a record that holds the text (%(default)s)")
     group.add_argument("--length", type=int, default=0, metavar="N", help="tokens a window; 0: as in training")
     group.add_argument(

@@ -27,7 +27,9 @@ def _parser() -> Parser:
     parser.add_argument("--out", required=True, help="folder to write tokenizer.model to")
     parser.add_argument("--vocab_size", type=int, default=8000, help="pieces in all (default %(default)s)")
     parser.add_argument("--kind", default="bpe", help="bpe or unigram (default %(default)s)")
-    parser.add_argument("--source", default="text", help="text, jsonl, parquet, arrayrecord or tfds:name:split")
+    parser.add_argument(
+        "--source", default="text", help="text, jsonl, json, parquet, csv, arrayrecord, tfds:name:split"
+    )
     parser.add_argument("--field", default="text", help="field of a record that holds the text (default %(default)s)")
     parser.add_argument("--special_tokens", default="", help="names of further special tokens, joined by commas")
     parser.add_argument("--sample_bytes", type=int, default=SAMPLE_BYTES, help="text to learn from (%(default)s)")

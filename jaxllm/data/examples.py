@@ -4,6 +4,7 @@
     {"prompt": …, "completion": …}                        two texts, or two lists of messages
     {"instruction": …, "input": …, "output": …}           the input may be empty or missing
     {"text": …}
+    {"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]}          ShareGPT's messages
 
 A record is of the first of these formats whose fields it has. `config.data.fields` says which fields of a record those
 are where they have other names.
@@ -21,7 +22,11 @@ from jaxllm.errors import UserError, did_you_mean
 
 FIELDS = ("messages", "tools", "prompt", "completion", "instruction", "input", "output", "text")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-OTHER_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
+OTHER_ROLES = {
+    "human": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "model"), "assistant"),
+    **dict.fromkeys(("observation", "function_response"), "tool"),
+}
 MISSING = object()
 
 
@@ -81,7 +86,9 @@ def read_example(record: Record, fields: Mapping[str, str]) -> Example:
         raise UserError(f"{where}: a {type(record.value).__name__}, but each example must be an object.")
     found = {field: plain(value) for field in FIELDS if (value := _find(record.value, fields[field])) is not MISSING}
     if "messages" in found:
-        return Conversation(_messages(found["messages"], fields["messages"], where), 0, _tools(found, where))
+        return Conversation(read_messages(found["messages"], fields["messages"], where), 0, read_tools(found, where))
+    if "conversations" in record.value:
+        return Conversation(read_sharegpt(plain(record.value), where), 0, read_tools(found, where))
     if "prompt" in found or "completion" in found:
         return _prompt_and_completion(found, fields, where)
     if "instruction" in found or "output" in found:
@@ -91,7 +98,7 @@ def read_example(record: Record, fields: Mapping[str, str]) -> Example:
         return PlainText("", _not_empty(text, fields["text"], where))
     raise UserError(
         f"{where}: no example: its fields are {', '.join(map(str, record.value)) or 'none'}. Wanted: messages; or "
-        "prompt and completion; or instruction and output; or text. Say which is which, for example "
+        "conversations; or prompt and completion; or instruction and output; or text. Say which is which, for example "
         "--config.data.fields=prompt=question,completion=answer."
     )
 
@@ -99,9 +106,9 @@ def read_example(record: Record, fields: Mapping[str, str]) -> Example:
 def _prompt_and_completion(found: Mapping[str, Any], fields: Mapping[str, str], where: str) -> Example:
     prompt, completion = _both(found, fields, ("prompt", "completion"), where)
     if isinstance(prompt, list) and isinstance(completion, list):
-        context = _messages(prompt, fields["prompt"], where)
-        learned = _messages(completion, fields["completion"], where)
-        return Conversation([*context, *learned], len(context), _tools(found, where))
+        context = read_messages(prompt, fields["prompt"], where)
+        learned = read_messages(completion, fields["completion"], where)
+        return Conversation([*context, *learned], len(context), read_tools(found, where))
     if isinstance(prompt, list) or isinstance(completion, list):
         raise UserError(
             f"{where}: '{fields['prompt']}' is a {type(prompt).__name__} and '{fields['completion']}' a "
@@ -134,7 +141,24 @@ def _not_empty(text: str, field: str, where: str) -> str:
     return text
 
 
-def _messages(value: Any, field: str, where: str) -> list[Message]:
+def read_sharegpt(record: Mapping[str, Any], where: str) -> list[Message]:
+    """The messages in `record["conversations"]`; a system prompt that stands beside them comes first.
+
+    Raises:
+      UserError: as `read_messages`.
+    """
+    messages, system = read_messages(record["conversations"], "conversations", where), record.get("system")
+    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    return messages
+
+
+def read_messages(value: Any, field: str, where: str) -> list[Message]:
+    """A list of messages; those of ShareGPT, {"from": …, "value": …}, with roles and names of fields as the others.
+
+    Raises:
+      UserError: no list of messages, or one with an unknown role or no content; with its number.
+    """
     if isinstance(value, Mapping) and all(isinstance(column, list) for column in value.values()):
         # A list of objects as TensorFlow Datasets keeps it: an object of lists.
         value = [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]
@@ -147,9 +171,12 @@ def _messages(value: Any, field: str, where: str) -> list[Message]:
 def _message(message: Any, where: str) -> Message:
     if not isinstance(message, Mapping):
         raise UserError(f"{where} is a {type(message).__name__}, but must be an object with role and content.")
+    if "from" in message and "role" not in message:
+        message = {"role": OTHER_ROLES.get(str(message["from"]), message["from"]), "content": message.get("value")}
     role = message.get("role")
     if role not in ROLES:
-        hint = f"Write '{OTHER_ROLES[role]}'." if role in OTHER_ROLES else did_you_mean(str(role), ROLES)
+        known = OTHER_ROLES.get(str(role))
+        hint = f"Write '{known}'." if known else did_you_mean(str(role), ROLES)
         raise UserError(f"{where}: {'no role' if role is None else f'the role {role!r} is unknown'}. {hint}")
     content = message.get("content")
     if content is None and message.get("tool_calls"):
@@ -161,8 +188,8 @@ def _message(message: Any, where: str) -> Message:
     return message
 
 
-def _tools(found: Mapping[str, Any], where: str) -> list[Any] | None:
-    """The tools of a conversation: a list, or the JSON of one."""
+def read_tools(found: Mapping[str, Any], where: str) -> list[Any] | None:
+    """found["tools"], of a conversation: a list, or the JSON of one."""
     tools = found.get("tools")
     if isinstance(tools, str):
         try:

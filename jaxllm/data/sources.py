@@ -1,7 +1,8 @@
-"""Sources of documents: text, jsonl, parquet, ArrayRecord, tfds. `SOURCES` is the registry; a new kind is one entry.
+"""Sources of documents: text, jsonl, JSON, parquet, CSV, ArrayRecord, tfds. `SOURCES` is the registry.
 
-A source yields its documents in a fixed order, each time it is asked, and raises `UserError` (with file and line or
-record) for anything that is not a document. It yields whole records, too, for examples (jaxllm/data/examples.py).
+A new kind is one entry there. A source yields its documents in a fixed order, each time it is asked, and raises
+`UserError` (with file and line or record) for anything that is not a document. It yields whole records, too, for
+examples (jaxllm/data/examples.py).
 """
 
 import itertools
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from jaxllm.data import files
 from jaxllm.data.config import DataConfig
+from jaxllm.data.json_csv import read_csv, read_json_list
 from jaxllm.errors import UserError, did_you_mean
 
 
@@ -103,10 +105,14 @@ def read_text(file: files.InputFile, field: str) -> Read:
         yield text, str(file.path), reader.position
 
 
-def read_jsonl(file: files.InputFile, field: str) -> Read:
-    """One JSON object a line; blank lines are skipped."""
-    for record, where, position in read_records(file):
-        yield text_field(record, field, where), where, position
+def texts_of(read: Callable[[files.InputFile], ReadRecords]) -> Callable[[files.InputFile, str], Read]:
+    """Reads the texts that a field of the records holds, where `read` reads the records."""
+
+    def texts(file: files.InputFile, field: str) -> Read:
+        for record, where, position in read(file):
+            yield text_field(record, field, where), where, position
+
+    return texts
 
 
 def read_records(file: files.InputFile) -> ReadRecords:
@@ -285,8 +291,10 @@ class Kind(NamedTuple):
 
 SOURCES: dict[str, Kind] = {
     "text": Kind((".txt", ".text"), read_text),
-    "jsonl": Kind((".jsonl", ".ndjson"), read_jsonl, read_records),
+    "jsonl": Kind((".jsonl", ".ndjson"), texts_of(read_records), read_records),
+    "json": Kind((".json",), texts_of(read_json_list), read_json_list),
     "parquet": Kind((".parquet",), read_parquet, read_parquet_records),
+    "csv": Kind((".csv", ".tsv"), texts_of(read_csv), read_csv),
     "arrayrecord": Kind((".array_record", ".arrayrecord"), read_arrayrecord, read_arrayrecord_records),
 }
 
@@ -295,7 +303,7 @@ def open_source(kind: str, path: str, field: str = "text") -> Source:
     """The documents of one source.
 
     Args:
-      kind: "text", "jsonl", "parquet", "arrayrecord", or "tfds:name/config:split" (then `path` is its data_dir).
+      kind: one of `SOURCES`, or "tfds:name/config:split" (then `path` is its data_dir).
       path: files, globs or folders, joined by commas.
       field: the field of a record that holds the text.
 

@@ -21,6 +21,8 @@ from jaxllm.errors import UserError
 
 ONE = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("data",)), PartitionSpec("data", None))
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "the fox"}
+SHAREGPT = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "the fox"}]
+SYSTEM, SAID_BY_SYSTEM = {"role": "system", "content": "be kind"}, {"from": "system", "value": "be kind"}
 
 
 def read(value, fields=""):
@@ -71,6 +73,16 @@ def open_dataset(config, length=64, **fields):
             Conversation([{"role": "user", "content": "do\nx"}, ANSWER]),
         ),
         ({"text": "a text"}, "", PlainText("", "a text")),
+        ({"conversations": SHAREGPT}, "", Conversation([USER, ANSWER])),
+        ({"talk": SHAREGPT}, "messages=talk", Conversation([USER, ANSWER])),
+        ({"conversations": [USER, ANSWER]}, "", Conversation([USER, ANSWER])),
+        ({"conversations": SHAREGPT, "system": "be kind"}, "", Conversation([SYSTEM, USER, ANSWER])),
+        ({"conversations": [SAID_BY_SYSTEM, *SHAREGPT], "system": "x"}, "", Conversation([SYSTEM, USER, ANSWER])),
+        (
+            {"conversations": [*SHAREGPT, {"from": "observation", "value": "4"}, SHAREGPT[1]]},
+            "",
+            Conversation([USER, ANSWER, {"role": "tool", "content": "4"}, ANSWER]),
+        ),
         ({"a.b": "a text"}, "text=a.b", PlainText("", "a text")),
     ],
 )
@@ -92,7 +104,10 @@ def message(role="user", **fields):
     ("record", "says"),
     [
         ([], "a list, but each example must be an object"),
-        ({"question": "x"}, "no example: its fields are question. Wanted: messages; or prompt and completion"),
+        (
+            {"question": "x"},
+            "no example: its fields are question. Wanted: messages; or conversations; or prompt",
+        ),
         ({"prompt": "x"}, "no field 'completion' beside 'prompt'"),
         ({"completion": "x", "prompt": None}, "no field 'prompt' beside 'completion'"),
         ({"instruction": "x"}, "no field 'output' beside 'instruction'"),
@@ -104,6 +119,9 @@ def message(role="user", **fields):
         ({"messages": []}, "'messages' is empty, but must be a list of messages"),
         ({"messages": "hi"}, "'messages' is a str, but must be a list of messages"),
         ({"messages": ["hi"]}, "message 1 of 'messages' is a str, but must be an object with role and content"),
+        ({"conversations": [{"from": "humam", "value": "x"}]}, "of 'conversations': the role 'humam' is unknown"),
+        ({"conversations": [{"from": ["gpt"], "value": "x"}]}, r"the role \['gpt'\] is unknown"),
+        ({"conversations": [{"from": "gpt"}]}, r"message 1 of 'conversations' \(assistant\) has no content"),
         (message("human", content="x"), "message 1 of 'messages': the role 'human' is unknown. Write 'user'."),
         (message("asistant", content="x"), "the role 'asistant' is unknown. Did you mean 'assistant'?"),
         ({"messages": [{"content": "x"}]}, "message 1 of 'messages': no role"),
@@ -159,7 +177,10 @@ def test_bad_examples_by_line(config, tmp_path, record, changes, says):
         ({"chat_template": "no.jinja"}, "config.data.chat_template='no.jinja': no such file"),
         ({"chat_template": "chatml"}, r"chatml writes <\|im_start\|>, <\|im_end\|>, special tokens that the tokenizer"),
         ({"held_out": "some words"}, "held_out of examples is a fraction or file:PATH"),
-        ({"source": "text"}, "a file of kind text holds no examples. Set config.data.source to jsonl, parquet, arr"),
+        (
+            {"source": "text"},
+            "a file of kind text holds no examples. Set config.data.source to jsonl, json, par",
+        ),
     ],
 )
 def test_bad_settings(config, tmp_path, changes, says):

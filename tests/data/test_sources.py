@@ -245,8 +245,17 @@ def test_mixture_mistakes(tmp_path, path, message):
 
 
 def test_kind_of():
-    names = ["a.txt", "b.jsonl.gz", "c.jsonl.zst", "d.parquet", "e.array_record", "noname"]
-    assert [kind_of(name) for name in names] == ["text", "jsonl", "jsonl", "parquet", "arrayrecord", "text"]
+    names = ["a.txt", "b.jsonl.gz", "c.jsonl.zst", "d.parquet", "e.array_record", "f.json.gz", "g.tsv", "noname"]
+    assert [kind_of(name) for name in names] == [
+        "text",
+        "jsonl",
+        "jsonl",
+        "parquet",
+        "arrayrecord",
+        "json",
+        "csv",
+        "text",
+    ]
 
 
 def test_a_number_that_json_does_not_take(tmp_path):
