@@ -18,7 +18,7 @@ VERBS = {
     "evaluate": "loss and bits per character on files, accuracy on multiple choice",
     "lm_eval": "lm-evaluation-harness, with --model jaxllm --model_args workdir=DIR",
     "convert": "a model from or to a Hugging Face directory",
-    "instructions": "show examples for fine-tuning, and what of them is learned",
+    "instructions": "sets of examples for fine-tuning: cleaned, written by a model, looked into",
     "layouts": "every layout of a model on N devices: legal, measured",
     "explain": "where each tensor lies under a layout, and what each collective is for",
 }

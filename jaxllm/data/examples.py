@@ -84,7 +84,9 @@ def read_example(record: Record, fields: Mapping[str, str]) -> Example:
     where = record.origin
     if not isinstance(record.value, Mapping):
         raise UserError(f"{where}: a {type(record.value).__name__}, but each example must be an object.")
-    found = {field: plain(value) for field in FIELDS if (value := _find(record.value, fields[field])) is not MISSING}
+    found = {
+        field: plain(value) for field in FIELDS if (value := find_field(record.value, fields[field])) is not MISSING
+    }
     if "messages" in found:
         return Conversation(read_messages(found["messages"], fields["messages"], where), 0, read_tools(found, where))
     if "conversations" in record.value:
@@ -123,9 +125,14 @@ def _instruction(found: Mapping[str, Any], fields: Mapping[str, str], where: str
     given = {"input": ""} | {field: value for field, value in found.items() if value is not None}
     names = ("instruction", "input", "output")
     instruction, further, output = (text_field({fields[f]: given[f]}, fields[f], where) for f in names)
-    said = f"{instruction}\n{further}" if further else instruction
+    said = with_input(instruction, further)
     answer = _not_empty(output, fields["output"], where)
     return Conversation([{"role": "user", "content": said}, {"role": "assistant", "content": answer}])
+
+
+def with_input(instruction: str, further: str) -> str:
+    """What the user says who gives an instruction and an input, which may be empty."""
+    return f"{instruction}\n{further}" if further else instruction
 
 
 def _both(found: Mapping[str, Any], fields: Mapping[str, str], names: tuple[str, str], where: str) -> list[Any]:
@@ -201,8 +208,8 @@ def read_tools(found: Mapping[str, Any], where: str) -> list[Any] | None:
     return tools or None
 
 
-def _find(record: Mapping[str, Any], name: str) -> Any:
-    """record[name], or what the parts of "a.0.b" lead to."""
+def find_field(record: Mapping[str, Any], name: str) -> Any:
+    """record[name], or what the parts of "a.0.b" lead to; MISSING where there is nothing."""
     if name in record:
         return record[name]
     found: Any = record

@@ -8,6 +8,7 @@ from jaxllm.cli.main import main
 from jaxllm.data.chat_template import named_template
 from jaxllm.data.tokenizer_training import train_tokenizer
 from jaxllm.train.config import base_config, config_dict, read_config
+from tests.mistakes import mistake
 
 TALK = [{"role": "user", "content": "却说 </s>"}, {"role": "assistant", "content": "😀 the fox"}]
 
@@ -77,6 +78,18 @@ def test_mistakes(files, capsys, flags, says):
     assert says in capsys.readouterr().err
 
 
-def test_without_a_file(capsys):
-    assert main(["instructions"]) == 2
-    assert "say which examples to show: --inspect FILE." in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ((), "say what to do: --input FILES --out DIR, --expand FILE, or --inspect FILES."),
+        (("--input", "a", "--inspect=b"), "--input and --inspect are different things to do"),
+    ],
+)
+def test_one_thing_is_asked_for(capsys, flags, says):
+    assert says in mistake(["instructions", *flags], capsys)
+
+
+def test_help_names_what_there_is_to_do(capsys):
+    assert main(["instructions", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(way in said for way in ("--input", "--expand", "--inspect"))

@@ -14,14 +14,16 @@ from jaxllm.errors import UserError
 
 
 @contextlib.contextmanager
-def whole_or_nothing(target: Path) -> Iterator[Path]:
+def whole_or_nothing(target: Path, flag: str = "--to") -> Iterator[Path]:
     """A folder beside `target` to write into: renamed to it at the end, removed when anything fails before.
+
+    `flag` is how the user gave `target`.
 
     Raises:
       UserError: `target` exists, or its place cannot be written.
     """
     if target.exists() or target.is_symlink():
-        raise UserError(f"--to {target} exists. Give a new folder, or remove it first.")
+        raise UserError(f"{flag} {target} exists. Give a new folder, or remove it first.")
     partial = target.parent / f".{target.name}.partial-{os.getpid()}"
     parents = [folder for folder in target.parents if not folder.exists()]
     try:
@@ -31,9 +33,9 @@ def whole_or_nothing(target: Path) -> Iterator[Path]:
             partial.rename(target)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"--to {target}: no space left on the disk; nothing was written.") from error
+            raise UserError(f"{flag} {target}: no space left on the disk; nothing was written.") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise UserError(f"--to {target}: the folder cannot be written ({error.strerror}).") from error
+            raise UserError(f"{flag} {target}: the folder cannot be written ({error.strerror}).") from error
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""`jaxllm instructions`: looks into files of examples for supervised fine-tuning."""
+"""`jaxllm instructions --inspect`: looks into files of examples for supervised fine-tuning."""
 
 import dataclasses
 import os
@@ -32,21 +32,21 @@ COLOURS = ("\033[30;42m", "\033[0m")
 
 
 def main(argv: list[str]) -> int:
-    """Runs the verb; `argv` is what follows it. Returns the exit code.
+    """Shows examples. Returns the exit code.
 
     Raises:
       UserError: no tokenizer, a file that holds no examples, or one that training would refuse; with its line.
     """
-    parser = Parser("instructions", "Shows examples with the tokens that are learned.", EXAMPLES)
-    parser.add_argument("--inspect", metavar="FILE", help="examples: files, globs or folders, joined by commas")
+    parser = Parser("instructions --inspect", "Shows examples with the tokens that are learned.", EXAMPLES)
+    parser.add_argument(
+        "--inspect", required=True, metavar="FILE", help="examples: files, globs or folders, joined by commas"
+    )
     parser.add_argument("--source", default="", help="jsonl, parquet or arrayrecord (default: by the file's name)")
     parser.add_argument("--workdir", metavar="DIR", help="take tokenizer, chat template and config.data of this run")
     parser.add_argument("--config", metavar="FILE.py", help="take them of this experiment")
     parser.add_argument("--tokenizer", metavar="DIR", help="a tokenizer, in place of theirs")
     parser.add_argument("--limit", type=int, default=5, help="examples to show; 0 for all (default %(default)s)")
     options, overrides = parser.parse_with_overrides(argv)
-    if not options.inspect:
-        raise UserError("say which examples to show: --inspect FILE.")
     config = _data_config(options, overrides)
 
     from jaxllm.data.example_streams import read_pieces
