@@ -170,7 +170,8 @@ def _mixed(pool: _Pool, chosen: Sequence[bool], total: int, seed: int) -> list[i
     for counts, numbers in zip(pool.counts, by_input, strict=True):
         if counts.weight is not None and not numbers:
             raise UserError(
-                f"{counts.path}: nothing of it is left to train on ({_removals([counts])}), so it cannot have a weight."
+                f"{counts.path} has a weight, but of its {counts.conversations:,} conversations none is left to train "
+                f"on: {_removals([counts])}."
             )
     weights = [len(n) if c.weight is None else c.weight for c, n in zip(pool.counts, by_input, strict=True)]
     return mix.mix(by_input, mix.shares(total, weights), pool.keys, seed)
@@ -178,7 +179,10 @@ def _mixed(pool: _Pool, chosen: Sequence[bool], total: int, seed: int) -> list[i
 
 def _refuse_empty(pool: _Pool) -> None:
     if not pool.talks:
-        raise UserError(f"nothing is left ({_removals(pool.counts)}). Look at a record, and at --allow RULE.")
+        raise UserError(
+            f"nothing is left of {sum(counts.conversations for counts in pool.counts):,} conversations: "
+            f"{_removals(pool.counts)}. Change the bounds, or name a rule in --allow."
+        )
 
 
 def _refuse_unsplit(chosen: Sequence[bool], held_out: float) -> None:
@@ -191,5 +195,6 @@ def _refuse_unsplit(chosen: Sequence[bool], held_out: float) -> None:
 
 def _removals(counts: Sequence[Counts]) -> str:
     removed = sum((counts.removed for counts in counts), Counter())
-    what = ", ".join(f"{number:,} {rule}" for rule, number in removed.most_common())
-    return f"of {sum(counts.conversations for counts in counts):,} conversations left out: {what or 'none'}"
+    what = [f"{number:,} {rule}" for rule, number in removed.most_common()]
+    kept = sum(counts.kept for counts in counts)
+    return ", ".join([*what, *([f"{kept:,} held out"] if kept else [])])

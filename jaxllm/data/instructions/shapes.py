@@ -66,6 +66,8 @@ def read_talks(record: Record, fields: Mapping[str, str]) -> list[Talk]:
         raise UserError(f"{where}: a {type(record.value).__name__}, but each example must be an object.")
     value = _renamed(plain(record.value), fields)
     found = _read(value, where)
+    if found is None:
+        raise _shapeless(record.value, where)
     system, tools = next(filter(None, map(value.get, SYSTEM)), ""), read_tools(value, where)
     talks = []
     for number, messages in enumerate(found, 1):
@@ -82,7 +84,8 @@ def _renamed(value: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, A
     return {**value, **{field: item for field, item in found.items() if item is not MISSING}}
 
 
-def _read(value: Mapping[str, Any], where: str) -> list[list[Message]]:
+def _read(value: Mapping[str, Any], where: str) -> list[list[Message]] | None:
+    """The messages of each conversation in a record; None where it has no known shape."""
     for field in ("messages", "conversations"):
         if value.get(field) is not None:
             return [_messages(value[field], field, where)]
@@ -95,12 +98,16 @@ def _read(value: Mapping[str, Any], where: str) -> list[list[Message]]:
         return [_messages(value["chosen"], "chosen", where)]
     if isinstance(value.get("chosen"), str) and TURN.match(value["chosen"]):
         return [_transcript(value["chosen"])]
+    return None
+
+
+def _shapeless(value: Mapping[str, Any], where: str) -> UserError:
     if isinstance(value.get("text"), str):
-        raise UserError(
+        return UserError(
             f"{where}: a plain text, of which nobody knows what is asked and what is answered. Train on such a file as "
             "it is (config.data.path), or name the fields: --config.data.fields=prompt=…,completion=…."
         )
-    raise UserError(
+    return UserError(
         f"{where}: no known shape: its fields are {', '.join(map(str, value)) or 'none'}. Known are messages; "
         "conversations; instruction and output, input beside them; prompt and completion; question and answer. Say "
         "which is which, for example --config.data.fields=prompt=title,completion=body."
