@@ -1,9 +1,9 @@
 """Self-Instruct (Wang et al. 2022, section 2): a model writes new instructions after a few examples, then solves them.
 
-A round has two steps. Several prompts, each with 6 seed tasks and 2 of those written before, ask for further instructions;
-those pass that are long enough, need neither pictures nor files, and are new: ROUGE-L under a threshold with every one
-that is there. Then each is shown after a few tasks with input and output, and the model writes its own, the input
-first. The paper's other way, for classification the output first, is left out: seed tasks that are marked as
+A round has two steps. Several prompts, each with 6 seed tasks and 2 of those written before, ask for further
+instructions; those pass that are long enough, need neither pictures nor files, and are new: ROUGE-L under a threshold
+with every one that is there. Then each is shown after a few tasks with input and output, and the model writes its own,
+the input first. The paper's other way, for classification the output first, is left out: seed tasks that are marked as
 classification serve in the first step alone. The prompts are worded anew.
 """
 
@@ -28,7 +28,7 @@ KEYWORDS += ("图片", "图像", "照片", "图表", "地图", "文件", "视频
 
 INSTRUCTIONS = "This list has {count} tasks of many kinds. Write those that are missing.\n\n{tasks}"
 OUTPUT = "For each task, give an input where it needs one, and the output.\n\n{tasks}"
-NEXT_ITEM = re.compile(r"\n\s*(\d{1,4})\s*[.)．、:：]\s*")
+NEXT_ITEM = re.compile(r"\n\s*(\d{1,4})\s*[.)．、:：][ \t]*")
 ANSWER = re.compile(r"\s*(?:Input\s*[:：](?P<input>.*?)\n\s*)?Output\s*[:：](?P<output>.*)", re.DOTALL | re.IGNORECASE)
 NEXT_TASK = re.compile(r"\n\s*(?:Task|Input|Example)\b[^\n:：]{0,9}[:：].*", re.DOTALL | re.IGNORECASE)
 NO_INPUT = ("", "none", "n/a", "no input", "<noinput>", "无")

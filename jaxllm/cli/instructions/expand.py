@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 EXAMPLES = """\
   jaxllm instructions --expand seed_tasks.jsonl --workdir runs/llama --count 1000 --out new_tasks.jsonl
 
-A seed task is {"instruction", "instances": [{"input", "output"}]} or {"instruction", "input", "output"}. FILE gets a
-line {"instruction", "input", "output", "rouge_l"} a new task, as soon as it is there; the same command goes on with it."""
+A seed task is {"instruction", "instances": [{"input", "output"}]} or {"instruction", "input", "output"}. A new
+task is a line {"instruction", "input", "output", "rouge_l"} as soon as it is there; the same command again goes on."""
 
 
 def main(argv: list[str]) -> int:
