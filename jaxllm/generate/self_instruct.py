@@ -7,6 +7,7 @@ the input first. The paper's other way, for classification the output first, is 
 classification serve in the first step alone. The prompts are worded anew.
 """
 
+import itertools
 import random
 import re
 from collections import Counter
@@ -181,12 +182,10 @@ def unfit(instruction: Sequence[str]) -> str:
 def parse_list(written: Written, number: int) -> list[str]:
     """The items of a numbered list that goes on within item `number`; one that was cut off is left out."""
     first, *rest = NEXT_ITEM.split(written.text)
-    items = [first]
-    for found, item in zip(rest[::2], rest[1::2], strict=True):
-        if int(found) != number + len(items):
-            break
-        items.append(item)
-    paragraphs = [item.strip().split("\n\n")[0] for item in (items if written.whole else items[:-1])]
+    items = [first, *rest[1::2]][: None if written.whole else -1]
+    numbers = [number, *map(int, rest[::2])]
+    in_order = itertools.takewhile(lambda i: numbers[i] == number + i, range(len(items)))
+    paragraphs = [items[i].strip().split("\n\n")[0] for i in in_order]
     return [line for line in map(_one_line, paragraphs) if line]
 
 

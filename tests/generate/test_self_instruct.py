@@ -145,6 +145,7 @@ def test_unfit(instruction, rule):
         (" one\n10. two\n11. thr", False, ["one", "two"]),
         (" one\n\n10) two\n  lines\n\nand more\n11、三", True, ["one", "two lines", "三"]),
         (" one\n12. two", True, ["one"]),
+        (" one\n12. two", False, ["one"]),
         (" in 1999\n10. costs 3.50\n", True, ["in 1999", "costs 3.50"]),
         ("\n10.  \n11. x", True, ["x"]),
     ],
