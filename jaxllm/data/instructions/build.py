@@ -95,7 +95,7 @@ def build(
     total = min(max_examples or sum(counts), sum(counts))
     targets = mix.held_out_targets(counts, held_out, total)
     chosen = mix.hold_out(clusters, pool.inputs, pool.keys, targets, seed)
-    _refuse_unsplit(chosen, held_out)
+    _refuse_unsplit(sum(chosen), total, held_out)
     order = _mixed(pool, chosen, total - sum(chosen), seed)
     pool.count(chosen, order)
     held = [talk for talk, is_held_out in zip(pool.talks, chosen, strict=True) if is_held_out]
@@ -136,9 +136,8 @@ class _Pool:
         groups, talks = duplicates.group(self.talks, near), self.talks
         for i, other in groups.duplicate_of.items():
             self.counts[self.inputs[i]].kept -= 1
-            self._remove(
-                self.inputs[i], NEAR, Removed(talks[i], talks[other], duplicates.similarity(talks[i], talks[other]))
-            )
+            similarity = duplicates.similarity(talks[i], talks[other])
+            self._remove(self.inputs[i], NEAR, Removed(talks[i], talks[other], similarity))
         stay = [i for i in range(len(talks)) if i not in groups.duplicate_of]
         place = {i: new for new, i in enumerate(stay)}
         self.talks, self.inputs, self.keys = ([values[i] for i in stay] for values in (talks, self.inputs, self.keys))
@@ -185,11 +184,11 @@ def _refuse_empty(pool: _Pool) -> None:
         )
 
 
-def _refuse_unsplit(chosen: Sequence[bool], held_out: float) -> None:
-    if all(chosen) or (held_out and not any(chosen)):
+def _refuse_unsplit(chosen: int, total: int, held_out: float) -> None:
+    if chosen >= total or (held_out and not chosen):
         raise UserError(
-            f"--held_out {held_out}: the {len(chosen):,} conversations that are left cannot be split so (those near "
-            "each other, or with one question, stay together). Give more of them, or --held_out 0."
+            f"--held_out {held_out}: conversations that are near each other or begin with one question stay together, "
+            f"and {total:,} cannot be split so. Give more of them, or --held_out 0."
         )
 
 

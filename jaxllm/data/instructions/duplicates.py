@@ -48,6 +48,11 @@ def jaccard(a: Shingles, b: Shingles) -> float:
     return common / (len(a) + len(b) - common)
 
 
+def similarity(a: Talk, b: Talk) -> float:
+    """The Jaccard similarity of two conversations, exactly."""
+    return jaccard(shingles(a.text), shingles(b.text))
+
+
 def bands(threshold: float) -> tuple[int, int]:
     """(bands, rows) of MinHash values, as many rows as let a pair at `threshold` be missed once in 1 / MISSED times."""
     for rows in range(PERMUTATIONS, 1, -1):
@@ -81,11 +86,11 @@ def group(talks: Sequence[Talk], near: float) -> Groups:
         for other in sorted(index.query(minhash)):
             if near == 1 and cluster.first(other) in linked:
                 continue
-            similarity = jaccard(shingles_of(number), shingles_of(other))
-            if near <= similarity and near < 1:
+            found = jaccard(shingles_of(number), shingles_of(other))
+            if near <= found and near < 1:
                 duplicate_of[number] = other
                 break
-            if similarity >= together:
+            if found >= together:
                 linked.add(cluster.first(other))
         if number in duplicate_of:
             continue
@@ -118,15 +123,10 @@ def _encoded(talk: Talk) -> list[bytes]:
     return [shingle.encode() for shingle in shingles(talk.text)]
 
 
-def similarity(a: Talk, b: Talk) -> float:
-    """The Jaccard similarity of two conversations, exactly."""
-    return jaccard(shingles(a.text), shingles(b.text))
-
-
 def _plain(content: object) -> object:
     """A text without differences of case and white space."""
     return " ".join(content.casefold().split()) if isinstance(content, str) else content
 
 
 def _digest(value: object) -> bytes:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).digest()
+    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).digest()

@@ -146,6 +146,12 @@ def test_a_weight_for_nothing(inputs, tmp_path):
 
 def test_what_cannot_be_split(tmp_path):
     same = write(tmp_path / "a.jsonl", [{"question": "Why?", "answer": answer} for answer in ("red", "green", "blue")])
-    with pytest.raises(UserError, match="the 3 conversations that are left cannot be split"):
+    with pytest.raises(UserError, match="stay together, and 3 cannot be split so"):
         built([same])
     assert len(built([same], held_out=0).train) == 3
+
+
+def test_one_example_is_not_enough_for_both_parts(inputs):
+    with pytest.raises(UserError, match="and 1 cannot be split so"):
+        built(inputs, max_examples=1)
+    assert len(built(inputs, max_examples=1, held_out=0).train) == 1
