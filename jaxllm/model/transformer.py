@@ -23,6 +23,7 @@ from jaxllm.model.mlp import MLP
 from jaxllm.model.moe import Kernel, MoE
 from jaxllm.model.names import name_of, name_parameters
 from jaxllm.model.norms import Norm
+from jaxllm.model.prompts import Prefixed, filled, virtual_tokens
 from jaxllm.model.rope import Rotation, rotation
 
 # Between blocks the sequence or the width may be split; inside them each device sees both whole (`length`, `embed`).
@@ -50,9 +51,12 @@ class Block(nnx.Module):
         cache: LayerCache | None = None,
         slots: CacheSlots | None = None,
         predicted: Float[Array, " batch"] | None = None,
+        prefixed: Prefixed | None = None,
     ) -> tuple[Float[Array, "batch length embed"], LayerCache | None, LayerSums | None]:
         h = reshard(self._before(self.attention_norm, x), WHOLE, RESIDUAL)
-        h, cache = self.attention(h, segment_ids, rotation, dropout=stream, cache=cache, slots=slots)
+        h, cache = self.attention(
+            h, segment_ids, rotation, dropout=stream, cache=cache, slots=slots, prefixed=prefixed
+        )
         x = x + _drop(reshard(h, RESIDUAL, WHOLE), self.dropout_rate, stream, "after_attention")
         x = self._after(self.attention_norm, x)
         h = reshard(self._before(self.mlp_norm, x), WHOLE, RESIDUAL)
@@ -90,6 +94,8 @@ def _stacked_blocks(config: ModelConfig, adapter: AdapterConfig, rngs: nnx.Rngs)
             linear = _linear_layers(block)
             for path in chosen_targets(adapter.targets, list(linear)):
                 linear[path].adapt(adapter, rngs)
+        if adapter.kind == "prefix":
+            block.attention.adapt(config, adapter, rngs)
         return block
 
     return stack(rngs)
