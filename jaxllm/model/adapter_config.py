@@ -37,8 +37,8 @@ class AdapterConfig:
         return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
 
     @property
-    def slots(self) -> int:
-        """How many tokens at the start of every document are virtual ones (model/prompts.py)."""
+    def places(self) -> int:
+        """How many tokens at the start of every document are only places for virtual ones (model/prompts.py)."""
         return self.num_virtual_tokens if self.kind in PROMPTS else 0
 
 

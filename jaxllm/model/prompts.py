@@ -1,18 +1,19 @@
 """Virtual tokens before frozen text: prompt tuning, P-tuning and prefix tuning, which is P-tuning v2.
 
-Every document begins with *slots*, the tokens at its positions 0 to `num_virtual_tokens` - 1. Which tokens they are does
-not matter: what is learned takes their places.
+Every document begins with *places*: the tokens at its positions 0 to `num_virtual_tokens` - 1, whichever those are, are
+replaced by what is learned.
 
-- Prompt tuning (Lester et al. 2021): the embeddings in the slots.
+- Prompt tuning (Lester et al. 2021): the embeddings there.
 - P-tuning (Liu et al. 2021): those too, and they are what an MLP or an LSTM makes of other embeddings.
-- Prefix tuning (Li & Liang 2021), P-tuning v2 (Liu et al. 2022): the keys, after their rotation, and the values in the
-  slots, in every layer; directly, or as what an MLP makes of embeddings.
+- Prefix tuning (Li & Liang 2021), P-tuning v2 (Liu et al. 2022): in every layer the keys there, after their rotation,
+  and the values; they themselves, or what an MLP makes of embeddings.
 
-A slot is a token like any other to packing, masks, caches and layouts. Nothing sees what a layer makes of the slots of a
-prefix, since the next one has its own keys and values there.
+A place is a token like any other to packing, masks, caches and layouts. What a layer makes of the places of a prefix is
+never seen, since the next one has keys and values of its own there.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -32,16 +33,23 @@ Virtual = Float[Array, "virtual width"]
 
 def filled(
     x: Float[Array, "batch length *width"],
-    virtual: Float[Array, "virtual *width"],
+    number: int,
+    make: Callable[[], Float[Array, "virtual *width"]],
     positions: Int[Array, "batch length"],
 ) -> Float[Array, "batch length *width"]:
-    """x with the virtual tokens in the slots."""
-    number = virtual.shape[0]
-    # A product in float32, not a lookup: the gradient, a sum over all documents, is summed in float32 too.
-    places = (positions[..., None] == jnp.arange(number)).astype(jnp.float32)
-    rows = jnp.tensordot(places, virtual.astype(jnp.float32), 1, precision=jax.lax.Precision.HIGHEST)
-    is_slot = (positions < number).reshape(*positions.shape, *[1] * (x.ndim - 2))
-    return jnp.where(is_slot, rows.astype(x.dtype), x)
+    """x with the `number` virtual tokens that `make` makes, float32, in their places."""
+
+    def fill() -> Array:
+        # A product in float32, not a lookup: the gradient, a sum over all documents, is summed in float32 too.
+        at = (positions[..., None] == jnp.arange(number)).astype(jnp.float32)
+        rows = jnp.tensordot(at, make(), 1, precision=jax.lax.Precision.HIGHEST)
+        is_place = (positions < number).reshape(*positions.shape, *[1] * (x.ndim - 2))
+        return jnp.where(is_place, rows.astype(x.dtype), x)
+
+    if positions.shape[1] > 1:
+        return fill()
+    # A model that writes token by token has the places behind it: nothing need be made.
+    return jax.lax.cond((positions < number).any(), fill, lambda: x)
 
 
 def _whole(parameter: nnx.Param) -> Float[Array, "..."]:
@@ -153,6 +161,12 @@ class VirtualTokens(nnx.Module):
         virtual = _whole(self.embedding)
         return virtual if self.encoder is None else self.encoder(virtual)
 
+    def filled(
+        self, x: Float[Array, "batch length embed"], positions: Int[Array, "batch length"]
+    ) -> Float[Array, "batch length embed"]:
+        """Embeddings with these in their places."""
+        return filled(x, self.embedding.shape[0], self, positions)
+
 
 def virtual_tokens(model: ModelConfig, adapter: AdapterConfig, *, rngs: nnx.Rngs) -> VirtualTokens | None:
     """What an adapter holds beside the layers of a model."""
@@ -179,15 +193,30 @@ class Prefixed(NamedTuple):
     """What the layers share of a prefix."""
 
     positions: Int[Array, "batch length"]
+    segment_ids: Int[Array, "batch length"]  # 0 in the places too: layers need to make nothing of those
     hidden: Float[Array, "virtual encoder"] | None  # of which each layer projects its own
 
 
+def prefixed(
+    adapter: AdapterConfig,
+    positions: Int[Array, "batch length"],
+    segment_ids: Int[Array, "batch length"] | None,
+    virtual: VirtualTokens | None,
+) -> Prefixed | None:
+    """What the layers are given where there is a prefix."""
+    if adapter.kind != "prefix":
+        return None
+    segment_ids = jnp.ones_like(positions) if segment_ids is None else segment_ids
+    segment_ids = jnp.where(positions < adapter.places, 0, segment_ids)
+    return Prefixed(positions, segment_ids, None if virtual is None else virtual())
+
+
 class Prefix(nnx.Module):
-    """The keys and values of one layer's slots."""
+    """The keys and values in the places of one layer."""
 
     def __init__(self, model: ModelConfig, adapter: AdapterConfig, *, rngs: nnx.Rngs):
         heads, head_axes = (model.num_kv_heads, model.head_dim), ("kv_heads", "head_dim")
-        self.is_projected = adapter.prefix_projection
+        self.number, self.is_projected = adapter.num_virtual_tokens, adapter.prefix_projection
 
         def make() -> Projection | AdapterParam:
             if self.is_projected:
@@ -203,8 +232,10 @@ class Prefix(nnx.Module):
         value: Float[Array, "batch length kv_heads head_dim"],
         prefixed: Prefixed,
     ) -> tuple[Float[Array, "batch length kv_heads head_dim"], Float[Array, "batch length kv_heads head_dim"]]:
-        """Keys and values with those of the prefix in the slots."""
-        return tuple(
-            filled(x, own(prefixed.hidden) if self.is_projected else _whole(own), prefixed.positions)
-            for x, own in ((key, self.key), (value, self.value))
-        )
+        """Keys and values with those of the prefix in their places."""
+
+        def with_own(x: Array, own: Projection | AdapterParam) -> Array:
+            make = (lambda: own(prefixed.hidden)) if self.is_projected else (lambda: _whole(own))
+            return filled(x, self.number, make, prefixed.positions)
+
+        return with_own(key, self.key), with_own(value, self.value)
