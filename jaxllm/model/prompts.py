@@ -152,7 +152,9 @@ class TanhLayer(nnx.Module):
 class VirtualTokens(nnx.Module):
     """Embeddings of virtual tokens, and what makes of them what is used."""
 
-    def __init__(self, axes: tuple[str, str | None], shape: tuple[int, int], encoder: nnx.Module | None, rngs: nnx.Rngs):
+    def __init__(
+        self, axes: tuple[str, str | None], shape: tuple[int, int], encoder: nnx.Module | None, *, rngs: nnx.Rngs
+    ):
         self.embedding = AdapterParam(jax.random.normal(rngs.adapter(), shape, jnp.float32), axes=axes)
         self.encoder = nnx.data(encoder)
 
@@ -175,13 +177,13 @@ def virtual_tokens(model: ModelConfig, adapter: AdapterConfig, *, rngs: nnx.Rngs
         if not adapter.prefix_projection:
             return None
         width = model.num_kv_heads * model.head_dim
-        return VirtualTokens(("virtual", None), (number, width), TanhLayer(width, hidden, rngs=rngs), rngs)
+        return VirtualTokens(("virtual", None), (number, width), TanhLayer(width, hidden, rngs=rngs), rngs=rngs)
     encoder = None
     if adapter.kind == "p_tuning" and adapter.encoder == "lstm":
         encoder = LSTM(model.embed_dim, hidden, adapter.encoder_layers, rngs=rngs)
     elif adapter.kind == "p_tuning":
         encoder = MLP(model.embed_dim, hidden, rngs=rngs)
-    return VirtualTokens(("virtual", "embed"), (number, model.embed_dim), encoder, rngs)
+    return VirtualTokens(("virtual", "embed"), (number, model.embed_dim), encoder, rngs=rngs)
 
 
 def encoder_dim(model: ModelConfig, adapter: AdapterConfig) -> int:

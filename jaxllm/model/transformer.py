@@ -54,9 +54,7 @@ class Block(nnx.Module):
         prefixed: Prefixed | None = None,
     ) -> tuple[Float[Array, "batch length embed"], LayerCache | None, LayerSums | None]:
         h = reshard(self._before(self.attention_norm, x), WHOLE, RESIDUAL)
-        h, cache = self.attention(
-            h, segment_ids, rotation, dropout=stream, cache=cache, slots=slots, prefixed=prefixed
-        )
+        h, cache = self.attention(h, segment_ids, rotation, dropout=stream, cache=cache, slots=slots, prefixed=prefixed)
         x = x + _drop(reshard(h, RESIDUAL, WHOLE), self.dropout_rate, stream, "after_attention")
         x = self._after(self.attention_norm, x)
         h = reshard(self._before(self.mlp_norm, x), WHOLE, RESIDUAL)
