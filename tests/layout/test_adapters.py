@@ -14,17 +14,12 @@ from tests.benchmarks import adapter_memory
 from tests.layout.runs import GPT2, LEARNING_RATE, LLAMA, MOE, train
 
 LORA = AdapterConfig(kind="lora", rank=4)
-PROMPT = AdapterConfig(kind="prompt", num_virtual_tokens=2, encoder_dim=24)
 ADAPTERS = {
     "lora": (LLAMA, dataclasses.replace(LORA, dropout=0.1)),
     "dora": (GPT2, dataclasses.replace(LORA, dora=True)),
     "pissa": (LLAMA, dataclasses.replace(LORA, rank=2, init="pissa")),
     "qlora": (LLAMA, dataclasses.replace(LORA, base_weights="nf4")),
     "experts": (MOE, LORA),
-    "p_tuning": (LLAMA, dataclasses.replace(PROMPT, kind="p_tuning")),
-    "p_tuning_lstm": (GPT2, dataclasses.replace(PROMPT, kind="p_tuning", encoder="lstm")),
-    "prefix": (MOE, dataclasses.replace(PROMPT, kind="prefix")),
-    "prefix_projected": (LLAMA, dataclasses.replace(PROMPT, kind="prefix", prefix_projection=True)),
 }
 LAYOUTS = {
     "model": ({"data": 2, "model": 4}, {"zero_stage": 1, "sequence_parallel": True}),
@@ -62,13 +57,6 @@ def test_the_numbers_of_one_device(reference, layout):
     np.testing.assert_allclose(found.numbers, expected.numbers, rtol=1e-5)
     for one, other in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True):
         assert np.abs(one - other).max() <= 1e-4 * max(np.abs(other).max(), LEARNING_RATE)
-
-
-def test_a_prompt_in_the_mixed_layout(monkeypatch):
-    """Without an encoder; what it shares with P-tuning is tested under every layout."""
-    monkeypatch.setitem(ADAPTERS, "prompt", (LLAMA, PROMPT))
-    expected = trained("prompt", {"data": 1}, {"zero_stage": 0})
-    test_the_numbers_of_one_device(("prompt", expected), "mixed")
 
 
 def test_memory_of_a_billion_parameters():
