@@ -26,6 +26,7 @@ from jaxllm.data.chat_template import named_template
 from jaxllm.data.config import SUPERVISE, TRUNCATION, DataConfig
 from jaxllm.data.example_streams import (
     ExamplePiece,
+    Taken,
     check_lengths,
     read_pieces,
     taken_examples,
@@ -58,6 +59,7 @@ class Dataset:
     weights: tuple[float, ...]  # of the components, in rows
     held_out: tuple[shards.TokenStream, ...]  # empty without a held-out split
     kind: BatchKind = PACKED  # of the batches
+    places: int = 0  # of virtual tokens, before each example
 
     @property
     def train_tokens(self) -> int:
@@ -107,6 +109,8 @@ class Dataset:
         }
         if self.kind.examples:
             identity["truncation"] = self.config.truncation
+        if self.places:
+            identity["places"] = self.places
         rows = self._step_rows(rows, seed)
         return TrainLoader(rows, sharding, batch_size=batch_size, length=self.length, identity=identity)
 
@@ -123,13 +127,15 @@ class Dataset:
         return {stream: pack(stream.document_starts, self.length) for stream in self.train}
 
     def _example_rows(self, stream: shards.TokenStream, mixed: bool = False) -> Examples:
-        taken = taken_examples(stream, self.length, self.config.truncation).numbers
-        together = self.config.packing != "none"
-        return Examples(stream.document_starts, self.length, taken=taken, together=together, mixed=mixed)
+        how = {"together": self.config.packing != "none", "mixed": mixed, "places": self.places}
+        return Examples(stream.document_starts, self.length, taken=self._taken(stream).numbers, **how)
+
+    def _taken(self, stream: shards.TokenStream) -> Taken:
+        return taken_examples(stream, self.length - self.places, self.config.truncation)
 
     def _rows(self, stream: shards.TokenStream, seed: int) -> Rows:
-        packing, pad_id = self._packings[stream], self.tokenizer.pad_id or 0
-        return Rows(stream, packing, length=self.length, pad_id=pad_id, seed=seed, shuffle=self.config.shuffle)
+        how = {"length": self.length, "pad_id": self.tokenizer.pad_id or 0, "places": self.places}
+        return Rows(stream, self._packings[stream], seed=seed, shuffle=self.config.shuffle, **how)
 
     def _step_rows(self, rows: grain.MapDataset[Batch], seed: int) -> StepRows:
         make = functools.partial(self.kind.make_row, vocabulary=Vocabulary.of(self.tokenizer), config=self.config)
@@ -157,7 +163,8 @@ class Dataset:
             parts = [(s, self._example_rows(s, mixed=True)) for s in self.held_out]
         else:
             parts = [(s, EvaluationWindows(s.document_starts, self.length, overlap)) for s in self.held_out]
-        return EvaluationRows(parts, length=self.length, pad_id=self.tokenizer.pad_id or 0, multiple=batch_size)
+        how = {"length": self.length, "pad_id": self.tokenizer.pad_id or 0, "places": self.places}
+        return EvaluationRows(parts, multiple=batch_size, **how)
 
     def describe(self) -> list[str]:
         """Lines to print at the start of a run."""
@@ -182,7 +189,7 @@ class Dataset:
     def _describe_examples(self) -> list[str]:
         lines = []
         for name, streams in {"train": self.train, "held out": self.held_out}.items():
-            taken = [taken_examples(stream, self.length, self.config.truncation) for stream in streams]
+            taken = [self._taken(stream) for stream in streams]
             packings = [self._packings.get(stream) or self._example_rows(stream) for stream in streams]
             tokens = sum(stream.index.tokens for stream in streams)
             learned = sum(stream.index.supervised or 0 for stream in streams)
@@ -213,6 +220,7 @@ def prepare(
     *,
     length: int,
     kind: BatchKind = PACKED,
+    places: int = 0,
     progress: bool = True,
     num_threads: int | None = None,
 ) -> Dataset:
@@ -224,6 +232,7 @@ def prepare(
       config: the group `config.data`.
       length: tokens a row (`config.length`, or the model's where that is 0).
       kind: of the batches; what the train step takes.
+      places: of virtual tokens, that a row has before each example.
       progress: whether to draw progress bars on stderr.
       num_threads: for tokenising; default one a core.
 
@@ -246,7 +255,7 @@ def prepare(
         tokenizer = open_tokenizer(config, components, held_out, kind, cache, bar)
         # One row, so that what the tokenizer lacks is told before it is used.
         kind.make_row(empty_row(length, 0), row_random(0, 0), Vocabulary.of(tokenizer), config)
-        write = functools.partial(_example_tokens, length=length) if kind.examples else _tokens
+        write = functools.partial(_example_tokens, length=length, places=places) if kind.examples else _tokens
         folders = [write(c.source, held_out, tokenizer, config, cache, bar, threads) for c in components]
         train = [folder / "train" for folder in folders if (folder / "train").exists()]
         if len(train) < len(folders):
@@ -258,7 +267,7 @@ def prepare(
         if held_out.kind != "none" and not test:
             raise UserError(f"config.data.held_out={config.held_out!r} holds out nothing: there is too little text.")
         weights = tuple(component.weight for component in components)
-        return Dataset(config, tokenizer, length, _open(train), weights, _open(test), kind)
+        return Dataset(config, tokenizer, length, _open(train), weights, _open(test), kind, places)
 
     return _first_process_first(make)
 
@@ -331,8 +340,12 @@ def _example_tokens(
     all_held_out: bool = False,
     *,
     length: int,
+    places: int,
 ) -> Path:
-    """The same of examples; those that rows of `length` tokens do not hold are refused where the config says so."""
+    """The same of examples; those that rows of `length` tokens do not hold are refused where the config says so.
+
+    Of those tokens `places` are not an example's.
+    """
     encoder = ExampleEncoder(tokenizer, config.supervise)
     split = "all" if all_held_out else [held_out.kind, held_out.fraction]
     key = shards.cache_key("examples", source.identity(), split, config.fields, *encoder.identity)
@@ -347,7 +360,8 @@ def _example_tokens(
 
     folder = shards.cached(cache, f"tokens-{key}", write)
     for split in filter(Path.exists, (folder / name for name in shards.SPLITS)):
-        check_lengths(shards.TokenStream(split), length, config.truncation, pieces, split.name == "held_out")
+        stream, is_held_out = shards.TokenStream(split), split.name == "held_out"
+        check_lengths(stream, length - places, config.truncation, pieces, is_held_out, places)
     return folder
 
 

@@ -76,12 +76,19 @@ def taken_examples(stream: TokenStream, length: int, truncation: str) -> Taken:
 
 
 def check_lengths(
-    stream: TokenStream, length: int, truncation: str, pieces: Callable[[], Iterator[ExamplePiece]], held_out: bool
+    stream: TokenStream,
+    length: int,
+    truncation: str,
+    pieces: Callable[[], Iterator[ExamplePiece]],
+    held_out: bool,
+    places: int = 0,
 ) -> None:
     """Refuses examples longer than a row where `truncation` says so, and a stream of which none is taken.
 
     Args:
+      length: of a row, without the places of virtual tokens before an example.
       pieces: what the stream was made of, to say where an example is from; read only then.
+      places: so many tokens more has a row.
 
     Raises:
       UserError: with the first such example and the number of all.
@@ -92,7 +99,8 @@ def check_lengths(
         return
     of_split = (piece.origin for piece in pieces() if piece.held_out == held_out)
     origin = next(itertools.islice(of_split, int(long[0]), None))
-    what = f"{origin}: this example has {sizes[long[0]]:,} tokens, and a row {length:,}"
+    beside = f" ({length + places:,} without the {places} virtual ones)" if places else ""
+    what = f"{origin}: this example has {sizes[long[0]]:,} tokens, and a row {length:,}{beside}"
     if truncation == "refuse":
         raise UserError(
             f"{what}; {len(long):,} of {len(sizes):,} are too long (the longest {sizes.max():,}). Raise "

@@ -34,10 +34,20 @@ class Rows(grain.MapDataset[Batch]):
     With `shuffle` each epoch has its own order and its own rotation (see `Concat`), both functions of (seed, epoch).
     """
 
-    def __init__(self, stream: TokenStream, packing: Packing, *, length: int, pad_id: int, seed: int, shuffle: bool):
+    def __init__(
+        self,
+        stream: TokenStream,
+        packing: Packing,
+        *,
+        length: int,
+        pad_id: int,
+        seed: int,
+        shuffle: bool,
+        places: int = 0,
+    ):
         super().__init__()
         self._stream, self._packing, self._length, self._pad_id = stream, packing, length, pad_id
-        self._seed, self._shuffle = seed, shuffle
+        self._seed, self._shuffle, self._places = seed, shuffle, places
 
     def __len__(self) -> int:
         return self._packing.num_rows
@@ -47,7 +57,7 @@ class Rows(grain.MapDataset[Batch]):
             return self.slice(index)
         row, rotation = self.order(index)
         spans, stream = self._packing.spans(row, rotation), self._stream
-        return fill_row(stream.read, spans, self._length, self._pad_id, stream.is_supervised)
+        return fill_row(stream.read, spans, self._length, self._pad_id, stream.is_supervised, self._places)
 
     def order(self, index: int) -> tuple[int, int]:
         """(row of the packing, rotation of its epoch) at position `index`."""
@@ -64,9 +74,17 @@ class Rows(grain.MapDataset[Batch]):
 class EvaluationRows(grain.MapDataset[Batch]):
     """The evaluation rows of several streams, one after the other, then padding rows up to a multiple of `multiple`."""
 
-    def __init__(self, parts: Sequence[tuple[TokenStream, Packing]], *, length: int, pad_id: int, multiple: int):
+    def __init__(
+        self,
+        parts: Sequence[tuple[TokenStream, Packing]],
+        *,
+        length: int,
+        pad_id: int,
+        multiple: int,
+        places: int = 0,
+    ):
         super().__init__()
-        self._parts, self._length, self._pad_id = parts, length, pad_id
+        self._parts, self._length, self._pad_id, self._places = parts, length, pad_id, places
         self._ends = np.cumsum([packing.num_rows for _, packing in parts])
         self._padded = -(-int(self._ends[-1]) // multiple) * multiple
 
@@ -81,7 +99,8 @@ class EvaluationRows(grain.MapDataset[Batch]):
             return empty_row(self._length, self._pad_id)
         stream, packing = self._parts[part]
         row = index - (int(self._ends[part - 1]) if part else 0)
-        return fill_row(stream.read, packing.spans(row, 0), self._length, self._pad_id, stream.is_supervised)
+        spans = packing.spans(row, 0)
+        return fill_row(stream.read, spans, self._length, self._pad_id, stream.is_supervised, self._places)
 
 
 class StepRows(grain.MapDataset[Any]):

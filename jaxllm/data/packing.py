@@ -2,7 +2,8 @@
 
 A row is a list of spans, pieces of documents of the stream. Each span becomes a segment of the row: segment ids 1, 2,
 …, positions from 0, padding (segment 0) at the end. The model predicts the token at t from what it saw up to t - 1, so
-the first token of a segment is never predicted: `loss_mask` is false there and on padding.
+the first token of a segment is never predicted: `loss_mask` is false there and on padding. For an adapter of virtual
+tokens (jaxllm/model/prompts.py) each segment begins with `places` of them, which hold no token and are not predicted.
 """
 
 import itertools
@@ -102,20 +103,23 @@ class Examples:
         taken: Int[np.ndarray, " taken"],
         together: bool = True,
         mixed: bool = False,
+        places: int = 0,
     ):
         """
         Args:
           taken: the numbers of the examples to take, the others are left out.
           together: several to a row.
           mixed: the rows in a mixed, fixed order, so that the first few are a fair sample.
+          places: kept free before each example.
         """
         self._start = np.asarray(document_starts)[taken]
-        self._size = np.minimum(np.diff(document_starts)[taken], length)
+        self._size = np.minimum(np.diff(document_starts)[taken], length - places)
         one_each = np.arange(len(taken)), np.arange(1, len(taken) + 1)
-        self._order, self._ends = fill_bins(self._size, length) if together else one_each
+        self._order, self._ends = fill_bins(self._size + places, length) if together else one_each
         self.num_rows = len(self._ends)
         self._rows = np.random.RandomState(0).permutation(self.num_rows) if mixed else np.arange(self.num_rows)
-        self.filled = float(self._size.sum()) / max(self.num_rows * length, 1)  # part of the slots that hold a token
+        # Part of the slots that hold a token, virtual ones too.
+        self.filled = float((self._size + places).sum()) / max(self.num_rows * length, 1)
 
     def spans(self, row: int, rotation: int) -> list[Span]:
         row = int(self._rows[row])
@@ -131,15 +135,16 @@ class EvaluationWindows:
     are packed into rows, best fit; the rows come in a mixed, fixed order, so that the first few are a fair sample.
     """
 
-    def __init__(self, document_starts: Starts, length: int, overlap: int):
-        if not 1 <= overlap < length:
-            raise ValueError(f"an overlap of {overlap} does not lie between 1 and {length - 1}")
+    def __init__(self, document_starts: Starts, length: int, overlap: int, places: int = 0):
+        """`places` are kept free before each window."""
+        if not 1 <= overlap < length - places:
+            raise ValueError(f"an overlap of {overlap} does not lie between 1 and {length - places - 1}")
         self._windows = [
             window
             for start, end in zip(document_starts[:-1].tolist(), document_starts[1:].tolist(), strict=True)
-            for window in _windows(start, end, length, overlap)
+            for window in _windows(start, end, length - places, overlap)
         ]
-        sizes = np.array([window.length for window in self._windows], np.int64)
+        sizes = np.array([window.length + places for window in self._windows], np.int64)
         order, ends = best_fit_decreasing(sizes, length)
         rows = np.split(order, ends[:-1])
         self._rows = [rows[i] for i in np.random.RandomState(0).permutation(len(rows))]  # a stream fixed for good
@@ -272,23 +277,25 @@ def fill_row(
     length: int,
     pad_id: int,
     is_supervised: Callable[[int, int], Bool[np.ndarray, " n"]] | None = None,
+    places: int = 0,
 ) -> Batch:
     """The row of `spans`: a `Batch` without the batch axis.
 
     Args:
       read: `read(start, length)` gives tokens of the stream.
       is_supervised: says which of those are learned; default all.
+      places: of each span, before its tokens.
     """
     row = empty_row(length, pad_id)
     at = 0
     for segment, span in enumerate(spans, start=1):
-        part = slice(at, at + span.length)
-        row.tokens[part] = read(span.start, span.length)
-        row.positions[part] = np.arange(span.length)
-        row.segment_ids[part] = segment
+        first, end = at + places, at + places + span.length
+        row.tokens[first:end] = read(span.start, span.length)
+        row.positions[at:end] = np.arange(places + span.length)
+        row.segment_ids[at:end] = segment
         learned = True if is_supervised is None else is_supervised(span.start, span.length)[span.predict_from :]
-        row.loss_mask[at + span.predict_from : at + span.length] = learned
-        at += span.length
+        row.loss_mask[first + span.predict_from : end] = learned
+        at = end
     return row
 
 

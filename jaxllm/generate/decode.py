@@ -44,6 +44,7 @@ class Decoder:
         """
         num_tokens = spec.config.vocab_size if num_tokens is None else num_tokens
         self.config, self.layout, self._weights = spec.config, layout, weights
+        self._places = spec.adapter.places
         self._dtype = weights["layers"]["attention"]["query"]["kernel"].dtype
 
         def extend(weights, cache, tokens, positions, segment_ids, lengths=None):
@@ -96,10 +97,10 @@ class Decoder:
     def _prefill(
         self, prompts: Sequence[Sequence[int]], batch: int, max_new_tokens: int
     ) -> tuple[Float[Array, "batch vocab"], KVCache, Rows]:
-        longest = max(map(len, prompts))
+        longest = max(map(len, prompts)) + self._places
         chunk = min(CHUNK, max(SMALLEST_CHUNK, power_of_two(longest)))
         width = round_up(longest, chunk)
-        tokens, positions, segment_ids = pad_left(prompts, batch, width)
+        tokens, positions, segment_ids = pad_left(prompts, batch, width, self._places)
         cache = self._empty(batch, bucket(width + max_new_tokens, SMALLEST_CACHE))
         lengths = self._put(positions[:, -1] + 1, "batch")
         for start in range(0, width, chunk):
@@ -116,13 +117,19 @@ class Decoder:
         return jax.device_put(value, self.layout.sharding(*axes))
 
 
-def pad_left(prompts: Sequence[Sequence[int]], batch: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(tokens, positions, segment_ids), int32 [batch, width]: prompts end in the last column, padding is segment 0."""
+def pad_left(
+    prompts: Sequence[Sequence[int]], batch: int, width: int, places: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens, positions, segment_ids), int32 [batch, width]: prompts end in the last column, padding is segment 0.
+
+    Before each prompt there are `places` for virtual tokens (jaxllm/model/prompts.py).
+    """
     tokens, positions, segment_ids = (np.zeros((batch, width), np.int32) for _ in range(3))
     for row, prompt in enumerate(prompts):
+        length = places + len(prompt)
         tokens[row, width - len(prompt) :] = prompt
-        positions[row, width - len(prompt) :] = np.arange(len(prompt))
-        segment_ids[row, width - len(prompt) :] = 1
+        positions[row, width - length :] = np.arange(length)
+        segment_ids[row, width - length :] = 1
     return tokens, positions, segment_ids
 
 

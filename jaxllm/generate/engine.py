@@ -29,7 +29,7 @@ class Engine:
         """Raises a UserError where the model sees what comes next, and so cannot say it."""
         refuse_bidirectional(run, "does not continue a text")
         self.tokenizer: Tokenizer = run.tokenizer
-        self.max_length = run.spec.config.max_length
+        self.max_length = run.spec.context
         self._decoder = Decoder(run.spec, run.weights, run.layout, run.tokenizer.vocab_size)
 
     def generate(

@@ -50,7 +50,7 @@ class Scorer:
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be 1 or more.")
         refuse_bidirectional(run, "gives texts no probability")
-        self.tokenizer, self.max_length = run.tokenizer, run.spec.config.max_length
+        self.tokenizer, self.max_length = run.tokenizer, run.spec.context
         self.special, self._run, self._batch_size = special, run, batch_size
         num_tokens = run.tokenizer.vocab_size
 
@@ -128,7 +128,8 @@ class Scorer:
             count = len(pair.targets)
             if not 1 <= count <= self.max_length:
                 raise UserError(f"{count} tokens to predict must be from 1 to the model's context, {self.max_length}.")
-            length = bucket(min(len(pair.context) + count - 1, self.max_length), SHORTEST)
+            places = self._run.spec.adapter.places
+            length = bucket(min(len(pair.context) + count - 1, self.max_length) + places, SHORTEST)
             groups.setdefault((length, min(length, FEW_TARGETS) if count <= FEW_TARGETS else length), []).append(number)
         for (length, columns), numbers in sorted(groups.items(), reverse=True):
             for start in range(0, len(numbers), self._batch_size):
@@ -141,7 +142,7 @@ class Scorer:
         inputs = [[*pair.context, *pair.targets][-self.max_length - 1 : -1] for pair in pairs]
         targets, _, _ = pad_left([pair.targets for pair in pairs], batch, columns)
         with use_layout(layout):
-            arrays = (*pad_left(inputs, batch, length), targets)
+            arrays = (*pad_left(inputs, batch, length, self._run.spec.adapter.places), targets)
             placed = [jax.device_put(array, layout.sharding("batch", None)) for array in arrays]
             return tuple(np.asarray(result) for result in self._score(self._run.weights, *placed))
 

@@ -83,9 +83,10 @@ def score_each(
       UserError: no text in one of the groups, a window or overlap out of range, or a model that sees what comes next.
     """
     refuse_bidirectional(run, "gives texts no probability. Its masked loss is eval_loss in metrics.jsonl")
-    length = length or run.config.data.length or min(run.spec.config.max_length, LONGEST_WINDOW)
-    if not 2 <= length <= run.spec.config.max_length:
-        raise UserError(f"length={length} must be from 2 to the model's context, {run.spec.config.max_length}.")
+    context, places = run.spec.context, run.spec.adapter.places
+    length = length or min(run.config.data.length or LONGEST_WINDOW, run.spec.config.max_length) - places
+    if not 2 <= length <= context:
+        raise UserError(f"length={length} must be from 2 to the model's context, {context}.")
     overlap = overlap or length // 2
     if not 1 <= overlap < length:
         raise UserError(f"overlap={overlap} must be from 1 to {length - 1}, below the {length} tokens of a window.")
@@ -96,7 +97,8 @@ def score_each(
     if longest < length:  # no row is longer than what it may hold
         length = min(length, bucket(longest, SHORTEST_ROW))
         overlap = min(overlap, length // 2)
-    windows = [EvaluationWindows(starts, length, overlap) for _, starts in tokens]
+    length += places
+    windows = [EvaluationWindows(starts, length, overlap, places) for _, starts in tokens]
     batch_size = min(batch_size, max(one.num_rows for one in windows))
     batch_size = round_up(batch_size, run.layout.size("batch"))
 
@@ -109,7 +111,7 @@ def score_each(
     for documents, (ids, _), one in zip(groups, tokens, windows, strict=True):
         rows = (one.spans(row, 0) for row in range(one.num_rows))
         nats = weight = 0.0
-        for batch in _batches(rows, ids, length, batch_size):
+        for batch in _batches(rows, ids, length, batch_size, places):
             placed = Batch(*(jax.device_put(leaf, run.layout.sharding("batch", None)) for leaf in batch))
             result = loss(run.weights, placed)
             nats, weight = nats + float(result.total), weight + float(result.weight)
@@ -127,8 +129,11 @@ def _tokens(documents: Sequence[str], tokenizer: Tokenizer) -> tuple[np.ndarray,
     return np.fromiter(itertools.chain.from_iterable(ids), np.int32, count=int(starts[-1])), starts
 
 
-def _batches(rows: Iterator[list[Span]], tokens: np.ndarray, length: int, batch_size: int) -> Iterator[Batch]:
+def _batches(
+    rows: Iterator[list[Span]], tokens: np.ndarray, length: int, batch_size: int, places: int
+) -> Iterator[Batch]:
     while spans := list(itertools.islice(rows, batch_size)):
-        filled = [fill_row(lambda start, n: tokens[start : start + n], row, length, 0) for row in spans]
+        read = lambda start, n: tokens[start : start + n]  # noqa: E731
+        filled = [fill_row(read, row, length, 0, places=places) for row in spans]
         filled += [empty_row(length, 0)] * (batch_size - len(filled))
         yield Batch(*map(np.stack, zip(*filled, strict=True)))

@@ -65,7 +65,8 @@ def run_pipeline(
     Args:
       layout: with more than one stage.
       loss: a function of (weights in `compute`, microbatch) that runs its layers by `run_layers`, once. What the layers
-        close over (positions, segments, dropout) may depend on the microbatch, not on anything that is trained.
+        close over (positions, segments, dropout) may depend on the microbatch; on what is trained only beside `frozen`
+        weights, where that is little: each stage then has gradients of all of it that belongs to no layer.
       params, axes: the float32 master weights and their logical axes; a leading "layers" marks those of the layers.
       batch: a tree of arrays [batch, …]; microbatch m has the rows m, m + M, m + 2M, …
       scale: multiplies the loss that is differentiated.
@@ -97,7 +98,17 @@ def run_pipeline(
     specs = [zero.step_spec(layout.inside("pipeline"), a, w.shape) for w, a in zip(leaves, leaf_axes, strict=True)]
     once = zero.reduced_once(layout, specs)
     executor = Executor(
-        layout.inside("pipeline", *once), table, stages, loss, tree, names, leaf_axes, in_layers, is_trained, accumulate
+        layout=layout.inside("pipeline", *once),
+        table=table,
+        stages=stages,
+        loss=loss,
+        tree=tree,
+        names=names,
+        axes=leaf_axes,
+        in_layers=in_layers,
+        is_trained=is_trained,
+        shares_ends=bool(frozen.weights),
+        accumulate=accumulate,
     )
     microbatches = jax.tree.map(lambda x: _split(x, num_microbatches), batch)
     over_stages = [P("pipeline") if layered else P() for layered in in_layers]
@@ -140,6 +151,7 @@ class Executor:
     axes: list[tuple]
     in_layers: list[bool]
     is_trained: list[bool]
+    shares_ends: bool  # layers may close over trained weights that belong to no layer
     accumulate: jnp.dtype
 
     @property

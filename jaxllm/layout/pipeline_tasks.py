@@ -201,7 +201,7 @@ class Here:
         return jax.lax.cond(self._is_first, embed, self.executor.place, carry)
 
     def _layers(self, chunk: list[Array], *, layers: bool = True) -> list[Array]:
-        """The trained weights of the layers, or those of the ends."""
+        """The trained weights that the layers use, or those of the ends."""
         return list(itertools.compress(chunk, self._is_part(layers)))
 
     def _with(self, chunk: list[Array], part: list[Array], *, layers: bool = True) -> list[Array]:
@@ -210,15 +210,17 @@ class Here:
         return [next(rest) if in_part else w for w, in_part in zip(chunk, self._is_part(layers), strict=True)]
 
     def _is_part(self, layers: bool) -> list[bool]:
+        """Whether each weight is trained and one that the layers use, or one of the ends: where shared, it is both."""
         leaves = zip(self.executor.in_layers, self.executor.is_trained, strict=True)
-        return [trained and layered == layers for layered, trained in leaves]
+        shared = layers and self.executor.shares_ends
+        return [trained and (shared or layered == layers) for layered, trained in leaves]
 
     def _add(self, carry: Carry, gradients: list[Array], *, layers: bool = True) -> Carry:
         """`gradients` of that part of the trained weights added to the accumulators."""
         rest, layout = iter(gradients), self.executor.layout
 
         def add(total: Array, axes: tuple, layered: bool) -> Array:
-            if layered != layers:
+            if layered != layers and not (layers and self.executor.shares_ends):
                 return total
             g = next(rest)
             g = pin(g, layout, zero.gradient_spec(layout, axes, g.shape)).astype(total.dtype)

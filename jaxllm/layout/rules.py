@@ -32,6 +32,8 @@ class Rules:
     positions: MeshAxes = None  # rows of a learned position table
     experts: MeshAxes = "expert"
     rank: MeshAxes = None  # of adapters: what lies between their two matrices
+    virtual: MeshAxes = None  # of adapters: virtual tokens
+    encoder: MeshAxes = None  # of adapters: hidden units of what makes virtual tokens
     layers: MeshAxes = "pipeline"
     state: MeshAxes = "data"  # no axis of a tensor: what ZeRO spreads master weights and optimizer state over
 

@@ -9,12 +9,14 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.layout.layout import constrain
 from jaxllm.layout.scope import tensor_scope
+from jaxllm.model.adapter_config import AdapterConfig
 from jaxllm.model.attention_backends import QUERY_AXES, attend, cached_attention
 from jaxllm.model.attention_pattern import pattern_of
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.dropout import DropoutKey
 from jaxllm.model.linear import Linear, apply_together
 from jaxllm.model.norms import HeadNorm
+from jaxllm.model.prompts import Prefix, Prefixed
 from jaxllm.model.rope import Rotation, rotate
 
 
@@ -57,6 +59,11 @@ class Attention(nnx.Module):
             std=config.init_std / math.sqrt(2 * config.num_layers),  # Radford et al. 2019, section 2.3
             rngs=rngs,
         )
+        self.prefix = nnx.data(None)
+
+    def adapt(self, model: ModelConfig, adapter: AdapterConfig, rngs: nnx.Rngs) -> None:
+        """Puts a prefix before every document."""
+        self.prefix = Prefix(model, adapter, rngs=rngs)
 
     def __call__(
         self,
@@ -67,12 +74,15 @@ class Attention(nnx.Module):
         dropout: DropoutKey | None = None,
         cache: LayerCache | None = None,
         slots: CacheSlots | None = None,
+        prefixed: Prefixed | None = None,
     ) -> tuple[Float[Array, "batch length embed"], LayerCache | None]:
         query, key, value = apply_together(x, [self.query, self.key, self.value], dropout)
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
+        if self.prefix is not None:
+            key, value = self.prefix(key, value, prefixed)
         query = constrain(query, "batch", "length", "heads", "head_dim")
         key, value = (constrain(a, "batch", "length", "kv_heads", "head_dim") for a in (key, value))
         if cache is None:

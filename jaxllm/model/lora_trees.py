@@ -1,7 +1,7 @@
 """LoRA on whole trees of parameters: where an adapter starts, and a model with its adapter merged into it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,21 +11,27 @@ from jaxtyping import Array, Float
 from jaxllm.layout.scope import joined
 from jaxllm.model.adapter_config import AdapterConfig
 from jaxllm.model.adapters import STACKED, Sides, added_kernel, gained, kernel_lengths, merged_kernel, split_sides
+from jaxllm.model.prompt_trees import started_prompt
 from jaxllm.model.spec import ModelSpec
 
 Tree = dict[str, Any]
 
 
-def started(spec: ModelSpec, base: Tree, seed: int) -> Tree:
+def started(spec: ModelSpec, base: Tree, seed: int, prompt: Sequence[int] = ()) -> Tree:
     """All parameters at the start of a run: the model's `base`, and an adapter's from the seed and from the model.
 
     Traceable. DoRA's magnitudes are the lengths of the columns of the frozen matrices; PiSSA's matrices are their
-    largest singular directions.
+    largest singular directions; a prompt may start as tokens of the vocabulary or of a text.
+
+    Args:
+      prompt: the tokens of `config.adapter.prompt_text`.
     """
     if not spec.is_adapted:
         return base
-    start = lambda *node: _start(spec.adapter, *node)  # noqa: E731
-    return _map_lora(start, joined(base, spec.own(spec.init(seed))), spec.axes)
+    params = joined(base, spec.own(spec.init(seed)))
+    if spec.adapter.places:
+        return started_prompt(spec, params, seed, prompt)
+    return _map_lora(lambda *node: _start(spec.adapter, *node), params, spec.axes)
 
 
 def merged(spec: ModelSpec, params: Tree) -> Tree:

@@ -56,6 +56,11 @@ class ModelSpec(_Fields):
         """Whether there is an adapter, and the rest is frozen."""
         return self.adapter.kind != "none"
 
+    @property
+    def context(self) -> int:
+        """The most tokens of a text: the model's `max_length` without the virtual ones of an adapter."""
+        return self.config.max_length - self.adapter.places
+
     def trained(self, tree: Tree) -> Tree:
         """What is trained: all, or the adapter without its constants."""
         return self._of_kind(tree, AdapterParam) if self.is_adapted else tree

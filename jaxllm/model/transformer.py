@@ -23,6 +23,7 @@ from jaxllm.model.mlp import MLP
 from jaxllm.model.moe import Kernel, MoE
 from jaxllm.model.names import name_of, name_parameters
 from jaxllm.model.norms import Norm
+from jaxllm.model.prompts import Prefixed, prefixed, virtual_tokens
 from jaxllm.model.rope import Rotation, rotation
 
 # Between blocks the sequence or the width may be split; inside them each device sees both whole (`length`, `embed`).
@@ -50,13 +51,15 @@ class Block(nnx.Module):
         cache: LayerCache | None = None,
         slots: CacheSlots | None = None,
         predicted: Float[Array, " batch"] | None = None,
+        prefixed: Prefixed | None = None,
     ) -> tuple[Float[Array, "batch length embed"], LayerCache | None, LayerSums | None]:
         h = reshard(self._before(self.attention_norm, x), WHOLE, RESIDUAL)
-        h, cache = self.attention(h, segment_ids, rotation, dropout=stream, cache=cache, slots=slots)
+        h, cache = self.attention(h, segment_ids, rotation, dropout=stream, cache=cache, slots=slots, prefixed=prefixed)
         x = x + _drop(reshard(h, RESIDUAL, WHOLE), self.dropout_rate, stream, "after_attention")
         x = self._after(self.attention_norm, x)
         h = reshard(self._before(self.mlp_norm, x), WHOLE, RESIDUAL)
-        h, sums = self.mlp(h, segment_ids, predicted) if isinstance(self.mlp, MoE) else (self.mlp(h, stream), None)
+        routed = segment_ids if prefixed is None else prefixed.segment_ids
+        h, sums = self.mlp(h, routed, predicted) if isinstance(self.mlp, MoE) else (self.mlp(h, stream), None)
         x = x + _drop(reshard(h, RESIDUAL, WHOLE), self.dropout_rate, stream, "after_mlp")
         return self._after(self.mlp_norm, x), cache, sums
 
@@ -90,6 +93,8 @@ def _stacked_blocks(config: ModelConfig, adapter: AdapterConfig, rngs: nnx.Rngs)
             linear = _linear_layers(block)
             for path in chosen_targets(adapter.targets, list(linear)):
                 linear[path].adapt(adapter, rngs)
+        if adapter.kind == "prefix":
+            block.attention.adapt(config, adapter, rngs)
         return block
 
     return stack(rngs)
@@ -102,7 +107,7 @@ class Transformer(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, adapter: AdapterConfig = NO_ADAPTER, *, rngs: nnx.Rngs):
-        self.config = config
+        self.config, self.adapter = config, adapter
         self.embedding = Table(config, rngs=rngs)
         self.position_embedding = nnx.data(None)
         if config.positions == "learned":
@@ -116,6 +121,7 @@ class Transformer(nnx.Module):
             self.type_embedding = nnx.Param(table, axes=(None, "embed"))
         self.embedding_norm = Norm(config) if config.embedding_norm else None
         self.layers = _stacked_blocks(config, adapter, rngs)
+        self.virtual = nnx.data(virtual_tokens(config, adapter, rngs=rngs) if adapter.places else None)
         self.final_norm = Norm(config) if config.norm_position == "pre" else None
         self.output = None if config.tied_head else Table(config, rngs=rngs)
         self.head_transform = HeadTransform(config, rngs=rngs) if config.head_transform else None
@@ -153,7 +159,8 @@ class Transformer(nnx.Module):
         the layers add to the loss (None where they add nothing).
 
         Args:
-          tokens: in text order, like all arguments; the sequence is split here.
+          tokens: in text order, like all arguments; the sequence is split here. With an adapter of virtual tokens the
+            first of each document are only places for those (model/prompts.py).
           positions: from 0 in each document; default 0, 1, 2, …
           segment_ids: a number a document, 0 for padding; a token sees tokens of its own number only.
           token_types: where the model has those; default 0.
@@ -172,10 +179,13 @@ class Transformer(nnx.Module):
         predicted = None if loss_mask is None else loss_mask.astype(jnp.float32).sum(1)
         x, by = self._embed(tokens, positions, dropout, types, noisy=noisy)
         graph, weights = nnx.split(self.layers)
+        prefix = prefixed(self.adapter, positions, segment_ids, self.virtual)
 
         def layer(x, number, weights):
             stream = dropout.fold("layer", number) if dropout else None
-            x, _, sums = nnx.merge(graph, weights)(x, segment_ids, by, stream=stream, predicted=predicted)
+            x, _, sums = nnx.merge(graph, weights)(
+                x, segment_ids, by, stream=stream, predicted=predicted, prefixed=prefix
+            )
             return x, sums
 
         x, sums = run_layers(layer, x, weights, self.config.num_layers)
@@ -200,10 +210,11 @@ class Transformer(nnx.Module):
         graph, weights = nnx.split(self.layers)
         known = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, cache.filled, axis=1)
         slots = CacheSlots(known, cache.filled)
+        prefix = prefixed(self.adapter, positions, segment_ids, self.virtual)
 
         def layer(x, number, inputs):
             weights, layer_cache = inputs
-            return nnx.merge(graph, weights)(x, segment_ids, by, cache=layer_cache, slots=slots)[:2]
+            return nnx.merge(graph, weights)(x, segment_ids, by, cache=layer_cache, slots=slots, prefixed=prefix)[:2]
 
         per_layer = (weights, LayerCache(cache.keys, cache.values))
         x, layer_caches = run_layers(layer, x, per_layer, self.config.num_layers)
@@ -223,6 +234,8 @@ class Transformer(nnx.Module):
         if noisy is not None:
             order = token_order(current_layout(), x.shape[1])
             x = neftune(x, self.config.neftune_alpha, stream.fold("neftune"), noisy, order)
+        if self.adapter.kind in ("prompt", "p_tuning"):
+            x = self.virtual.filled(x, positions)
         for table, rows in ((self.position_embedding, positions), (self.type_embedding, token_types)):
             if table is not None:
                 rows = jnp.zeros_like(tokens) if rows is None else rows

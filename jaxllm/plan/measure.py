@@ -90,7 +90,7 @@ def synthetic_batch(config: Config, layout: Layout) -> Any:
     def row(number: int) -> Any:
         random = row_random(config.seed, number)
         tokens = random.randint(vocabulary.size, size=length, dtype=np.int32)
-        text = Batch(tokens, positions, np.ones(length, np.int32), positions > 0)
+        text = Batch(tokens, positions, np.ones(length, np.int32), positions > config.adapter.places)
         return kind.make_row(text, random, vocabulary, config.data)
 
     rows = map(row, range(config.data.batch_size))

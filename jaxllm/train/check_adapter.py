@@ -32,11 +32,27 @@ def check_adapter(config: Config) -> None:
             f"config.adapter.base_weights=nf4 packs two weights to a byte, and config.model.embed_dim="
             f"{config.model.embed_dim} is odd. Use --config.adapter.base_weights=compute."
         )
+    if adapter.places:
+        _check_prompt(config)
     spec = model_spec(config.model.resolved(1), adapter)  # refuses targets that are not there
     if adapter.kind == "lora" and adapter.dropout and any("experts" in axes for axes in _of_adapter(spec)):
         raise UserError(
             f"config.adapter.dropout={adapter.dropout:g}: an adapter of experts has none, their matrices are merged "
             "for each step. Set it to 0, or leave mlp.gate, mlp.up and mlp.down out of config.adapter.targets."
+        )
+
+
+def _check_prompt(config: Config) -> None:
+    adapter, length = config.adapter, config.data.length or config.model.max_length
+    if adapter.places > length - 2:
+        raise UserError(
+            f"config.adapter.num_virtual_tokens={adapter.places} leave no room for text in a row of {length} tokens "
+            f"(config.data.length, where that is 0 config.model.max_length). Set it to at most {length - 2}."
+        )
+    if adapter.kind == "prompt" and (adapter.prompt_init == "text") != bool(adapter.prompt_text):
+        raise UserError(
+            f"config.adapter.prompt_init={adapter.prompt_init} and config.adapter.prompt_text={adapter.prompt_text!r}: "
+            "virtual tokens start as a text's with prompt_init=text and that text in prompt_text."
         )
 
 

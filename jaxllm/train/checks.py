@@ -16,7 +16,7 @@ from jaxllm.layout.mesh import mesh_shape
 from jaxllm.layout.named import is_named
 from jaxllm.layout.rules import LOGICAL_AXES, Rules, make_rules, own_rows, parse_overrides
 from jaxllm.layout.stages import make_stages
-from jaxllm.model.adapter_config import BASE_WEIGHTS, INITS, KINDS
+from jaxllm.model.adapter_config import BASE_WEIGHTS, ENCODERS, INITS, KINDS, PROMPT_INITS
 from jaxllm.model.attention_backends import choose_backend
 from jaxllm.model.rope import ROPE_SCALINGS
 from jaxllm.model.spec import ACTIVATIONS, model_spec
@@ -34,6 +34,8 @@ CHOICES = {
     "adapter.kind": KINDS,
     "adapter.base_weights": BASE_WEIGHTS,
     "adapter.init": INITS,
+    "adapter.encoder": ENCODERS,
+    "adapter.prompt_init": PROMPT_INITS,
     "model.activation": ("gelu", "gelu_tanh", "silu", "relu"),
     "layout.remat": ("none", "selective", "full"),
     "layout.attention": ("auto", "xla", "cudnn"),
@@ -66,6 +68,9 @@ _AT_LEAST = {
     "model.z_loss": 0,
     "model.neftune_alpha": 0,
     "adapter.rank": 1,
+    "adapter.num_virtual_tokens": 1,
+    "adapter.encoder_dim": 0,
+    "adapter.encoder_layers": 1,
     "layout.num_microbatches": 1,
     "data.length": 0,
     "data.batch_size": 1,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxllm.data.tokenizer_training import parse_tokenizer
 from jaxllm.errors import UserError, did_you_mean
+from jaxllm.model.adapter_config import AdapterConfig
 from jaxllm.model.config import ModelConfig, differing
 from jaxllm.model.spec import ModelSpec
 from jaxllm.train.checkpoint import Checkpoints
@@ -164,6 +165,20 @@ def adapter_folder(workdir: str | Path, name: str) -> Path:
         way_out = did_you_mean(name, there) if there else f"There are none: {Path(workdir) / ADAPTERS} is empty."
         raise UserError(f"--adapter {name}: {workdir} has no adapter of that name. {way_out}")
     return folder
+
+
+def prompt_tokens(adapter: AdapterConfig, tokenizer: Tokenizer) -> list[int]:
+    """The tokens that a prompt starts as, where it does as those of a text.
+
+    Raises:
+      UserError: a text without a token.
+    """
+    if adapter.kind != "prompt" or adapter.prompt_init != "text":
+        return []
+    tokens = tokenizer.encode(adapter.prompt_text)
+    if not tokens:
+        raise UserError(f"config.adapter.prompt_text={adapter.prompt_text!r} has no token. Write a text.")
+    return tokens
 
 
 def carry_origin(source: str, workdir: Path) -> None:

@@ -25,6 +25,7 @@ from jaxllm.train.config import Config, config_dict
 from jaxllm.train.initial import (
     carry_origin,
     check_initial,
+    prompt_tokens,
     refuse_new_tokenizer,
     refuse_parameters_alone,
     restore_base,
@@ -82,7 +83,8 @@ def train(
         # Data, model, layout, optimizer.
         length = config.data.length or config.model.max_length
         kind = STEPS[config.train_step].batch
-        data = prepare(data_config(config, stored, workdir), length=length, kind=kind, progress=not quiet)
+        rows = {"length": length, "kind": kind, "places": config.adapter.places}
+        data = prepare(data_config(config, stored, workdir), **rows, progress=not quiet)
         spec = model_spec(config.model.resolved(data.tokenizer.vocab_size), config.adapter)
         if spec.config.vocab_size < data.tokenizer.vocab_size:
             raise UserError(
@@ -122,7 +124,8 @@ def train(
         compute = config.precision.compute
         if restored is None and config.train.init_from:
             base = restore_initial(config.train.init_from, abstract_base(spec, layout), report.say)
-            state = init_state_from(base.params, spec, optimizer, layout, config.seed, compute)
+            prompt = prompt_tokens(config.adapter, data.tokenizer)
+            state = init_state_from(base.params, spec, optimizer, layout, config.seed, compute, prompt)
         elif restored is None:
             state = init_state(spec, optimizer, layout, config.seed, compute)
         else:

@@ -70,7 +70,7 @@ def _adapter_lines(spec: ModelSpec, abstract: TrainState) -> list[str]:
     trained, base = spec.num_trained_parameters, spec.num_parameters - spec.num_trained_parameters
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract.held))
     config = spec.adapter
-    of = f" of rank {config.rank}, scale {config.scale:g}" if config.kind == "lora" else ""
+    of = f" of {config.places} virtual tokens" if config.places else f" of rank {config.rank}, scale {config.scale:g}"
     return [
         f"adapter: {config.kind}{of}: {trained:,} parameters are trained, {trained / spec.num_parameters:.3%} of all",
         f"frozen: {base:,} parameters in {held:,} bytes, {held / base:.3f} a parameter",

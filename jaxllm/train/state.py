@@ -1,6 +1,7 @@
 """The train state: one canonical form, whatever the layout (DESIGN: "One state, one truth")."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -113,15 +114,16 @@ def init_state_from(
     layout: Layout,
     seed: int = 0,
     compute: str = "bfloat16",
+    prompt: Sequence[int] = (),
 ) -> TrainState:
     """The state at step 0 around the parameters of a model, which lie as `abstract_base` says and are given up.
 
-    An adapter starts from `seed`, and from the model where its kind says so.
+    An adapter starts from `seed`, and from the model where its kind says so; `prompt` are the tokens of its text.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(spec, optimizer, layout, compute))
 
     def make(base: Params) -> TrainState:
-        return state_of(started(spec, base, seed), spec, optimizer, compute)
+        return state_of(started(spec, base, seed, prompt), spec, optimizer, compute)
 
     given_up = () if spec.is_adapted else (0,)  # a base is held in another dtype: nothing of it can be used again
     return jax.jit(make, out_shardings=shardings, donate_argnums=given_up)(base)

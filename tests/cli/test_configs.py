@@ -24,7 +24,7 @@ DEVICES = {
     "moe_1t.py": 2048,
 }
 
-OF_A_BASE = ("lora.py", "qlora.py")
+OF_A_BASE = ("lora.py", "qlora.py", "p_tuning.py", "prefix_tuning.py")
 
 
 @pytest.mark.parametrize(("name", "devices"), DEVICES.items())

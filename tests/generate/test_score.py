@@ -39,9 +39,9 @@ def test_rows_are_no_longer_than_the_longest_text(run, monkeypatch):
     """A model of a long context that says nothing of rows is not asked for them in vain."""
     lengths, windows = [], score_module.EvaluationWindows
 
-    def noted(starts, length, overlap):
+    def noted(starts, length, overlap, places):
         lengths.append(length)
-        return windows(starts, length, overlap)
+        return windows(starts, length, overlap, places)
 
     monkeypatch.setattr(score_module, "EvaluationWindows", noted)
     data = dataclasses.replace(run.config.data, length=0)

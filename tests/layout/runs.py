@@ -122,7 +122,7 @@ def packed_batch(spec: ModelSpec, number: int) -> Batch:
     segments = np.where(column < first, 1, np.where(column < LENGTH - 2, 2, 0)).astype(np.int32)
     positions = np.where(column < first, column, column - first).astype(np.int32)
     counted = random.random((BATCH, LENGTH)) < random.random((BATCH, 1)) ** 2
-    counted &= (positions > 0) & (segments > 0)
+    counted &= (positions > max(0, spec.adapter.places - 1)) & (segments > 0)
     return Batch(tokens, positions, segments, counted)
 
 

@@ -22,15 +22,13 @@ from tests.layout.runs import GPT2, LLAMA, train
 LENGTH = 128
 
 
-@pytest.fixture(scope="module")
-def examples(tmp_path_factory):
-    """Rows of real examples, several to one and one to one."""
-    folder = tmp_path_factory.mktemp("examples")
+def example_config(folder) -> DataConfig:
+    """Examples in `folder`, most of them conversations, and a tokenizer."""
     talks = conversations(40, tools=False)
     records = [{"messages": talk} if i % 4 else {"text": "却说 the fox"} for i, talk in enumerate(talks)]
     (folder / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     train_tokenizer([m["content"] for talk in talks for m in talk], vocab_size=360).save(folder / "tokenizer")
-    config = DataConfig(
+    return DataConfig(
         source="jsonl",
         path=str(folder / "a.jsonl"),
         tokenizer=str(folder / "tokenizer"),
@@ -39,6 +37,12 @@ def examples(tmp_path_factory):
         held_out="",
         cache=str(folder / "cache"),
     )
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory):
+    """Rows of real examples, several to one and one to one."""
+    config = example_config(tmp_path_factory.mktemp("examples"))
 
     def rows(packing: str) -> Batch:
         data = prepare(dataclasses.replace(config, packing=packing), length=LENGTH, kind=EXAMPLES, progress=False)
