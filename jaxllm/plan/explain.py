@@ -25,7 +25,7 @@ class TensorRow(NamedTuple):
     compute: dict[str, str]  # logical axis -> mesh axes, joined by "+", while it is computed with
     at_rest: dict[str, str] | None  # the same of the master weight; None for an activation
     local_shape: tuple[int, ...]  # on one device: at rest, or of the activation
-    bytes: int  # on one device: the float32 master weight, a frozen one as held, or the activation in the dtype of compute
+    bytes: int  # on one device: the float32 master weight, a frozen one as held, or the activation as computed
     optimizer_bytes: int  # its moments on one device
 
 

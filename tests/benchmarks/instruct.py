@@ -105,7 +105,7 @@ def main() -> None:
     files = write_instructions([Path(p) for p in options.instructions.split(",")], options.workdir / "data")
     made, workdir = base(options.text, options.workdir, options.base_steps), options.workdir / "base"
     run("pretrained, of its own text", made, workdir)
-    nothing = fine(made, workdir, files, 1, 1e-12)
+    nothing = fine(made, workdir, files, 40, 1e-12)
     before = run("the base on answers", nothing, options.workdir / "before")
     whole = fine(made, workdir, files, options.steps, options.learning_rate)
     whole_loss = run("fine-tuned whole", whole, options.workdir / "sft")

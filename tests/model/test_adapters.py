@@ -64,7 +64,7 @@ def test_merged_is_unmerged(model, kind):
     by_hand = _by_hand(spec, trained)
     expected = plain(by_hand)
     assert _difference(expected, start) > 0.05
-    assert _difference(adapted(trained), expected) < 1e-5
+    assert _difference(adapted(trained), expected) < 3e-5
     for found, wanted in zip(jax.tree.leaves(merged(spec, trained)), jax.tree.leaves(by_hand), strict=True):
         np.testing.assert_allclose(found, wanted, atol=1e-5)
 
