@@ -46,10 +46,10 @@ def write_instructions(paths: list[Path], folder: Path) -> tuple[Path, Path]:
     return files
 
 
-def base(text: str, workdir: Path, steps: int) -> Config:
+def base(text: str, workdir: Path, steps: int, narrow: bool) -> Config:
     """Pretraining."""
     config = base_config()
-    config.model.update(**MODEL)
+    config.model.update(**MODEL | (dict(embed_dim=96, num_layers=2, mlp_dim=256) if narrow else {}))
     config.data.update(
         path=text, tokenizer="bpe:2048", chat_template="plain", batch_size=16, cache=str(workdir / "cache")
     )
@@ -100,10 +100,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rank", type=int, default=3)
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of the whole; that of LoRA is ten times it")
+    parser.add_argument("--narrow", action="store_true", help="a model a quarter as large, for a test")
     parser.add_argument("--workdir", type=Path, default=Path("runs/instruct"))
     options = parser.parse_args()
     files = write_instructions([Path(p) for p in options.instructions.split(",")], options.workdir / "data")
-    made, workdir = base(options.text, options.workdir, options.base_steps), options.workdir / "base"
+    made, workdir = base(options.text, options.workdir, options.base_steps, options.narrow), options.workdir / "base"
     run("pretrained, of its own text", made, workdir)
     nothing = fine(made, workdir, files, 40, 1e-12)
     before = run("the base on answers", nothing, options.workdir / "before")

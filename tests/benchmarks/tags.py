@@ -119,18 +119,20 @@ def main() -> None:
     parser.add_argument("--letters", type=int, default=6)
     parser.add_argument("--base_steps", type=int, default=600)
     parser.add_argument("--only", default="", help="methods by the beginning of their names, separated by commas")
+    parser.add_argument("--fewer", type=int, default=1, help="divides the steps of the adapters")
     parser.add_argument("--no_control", action="store_true")
     parser.add_argument("--workdir", type=Path, default=Path("runs/tags"))
     options = parser.parse_args()
     chosen = lambda name: name.startswith(tuple(options.only.split(",")))  # noqa: E731
+    fewer = lambda method: method._replace(steps=method.steps // options.fewer)  # noqa: E731
     base = train_base(options.workdir, "CRS", options.base_steps, options.letters)
     for name in filter(chosen, METHODS):
-        train_adapter(base, name, METHODS[name], options.letters)
+        train_adapter(base, name, fewer(METHODS[name]), options.letters)
     if options.no_control:
         return
     copies = train_base(options.workdir, "C", options.base_steps // 2, options.letters, str(base / "tokenizer"))
     for name in filter(chosen, CONTROL):
-        train_adapter(copies, name, CONTROL[name], options.letters)
+        train_adapter(copies, name, fewer(CONTROL[name]), options.letters)
 
 
 if __name__ == "__main__":
