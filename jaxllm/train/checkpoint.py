@@ -122,17 +122,30 @@ class Checkpoints:
             )
         )
 
-    def save_params(self, params: Params, config: Mapping[str, Any]) -> None:
+    def save_params(self, params: Params, config: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> str:
         """Saves parameters that were not trained here as step 0, without a train state, and waits for it.
+
+        Args:
+          base: as for `save`.
+
+        Returns:
+          The parameters' hash.
 
         Raises:
           UserError: the disk is full or not writable.
         """
-        run = {"config": dict(config), "versions": _versions(), "metrics": {}, "parameter_hash": tree_hash(params)}
+        run = {
+            "config": dict(config),
+            "versions": _versions(),
+            "metrics": {},
+            "parameter_hash": tree_hash(params),
+            "base": dict(base or {}),
+        }
         self._saving = 0
         args = ocp.args.Composite(params=ocp.args.StandardSave(params), run=ocp.args.JsonSave(run))
         self._guard(lambda: self._orbax.save(self.directory / "0", args=args))
         self.wait()
+        return run["parameter_hash"]
 
     def wait(self) -> None:
         """Waits until the save under way is committed, then removes the checkpoints that are no longer kept.

@@ -112,6 +112,22 @@ class Base(NamedTuple):
         return {"step": self.step, "parameter_hash": self.parameter_hash}
 
 
+def newest_identity(workdir: Path) -> dict[str, Any]:
+    """The identity of the parameters of the newest checkpoint in `workdir`, as a base.
+
+    Raises:
+      UserError: there is none.
+    """
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        stored = checkpoints.newest_run()
+        if stored is None:
+            raise UserError(f"{workdir} has no checkpoint yet.")
+        parameter_hash = stored["parameter_hash"]
+        step = checkpoints.step_with(parameter_hash)
+        assert step is not None
+        return Base({}, step, parameter_hash).identity
+
+
 def restore_initial(source: str, abstract: Params, say: Callable[[str], None]) -> Base:
     """The parameters of the newest checkpoint of the run in `source`, placed as `abstract` says."""
     with Checkpoints(Path(source) / "checkpoints", say=say) as checkpoints:
