@@ -1,7 +1,7 @@
 """Where PEFT's LoRAs stand: the weights of transformers, each one matrix of ours or several that are one there.
 
-What stands beside a weight lies in the file as the weight itself does: the rows of a family's table say it too, with the
-axis `rank` in place of the outputs (A) or of the inputs (B).
+What stands beside a weight lies in the file as the weight itself does. So the rows of a family's table say it too, with
+the axis `rank` in place of the outputs (A) or of the inputs (B).
 """
 
 import re
