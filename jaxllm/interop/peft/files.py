@@ -140,8 +140,9 @@ def _unexpected(file: Path, name: str, every: list[Site], keys: Mapping[str, Any
     if lora and stem in stems(every):
         said = {key: keys[key] for key in ("target_modules", "target_parameters", "layers_to_transform", "use_dora")}
         return UserError(f"{file}: {name} is not what {CONFIG_FILE} asks for: {json.dumps(said)}.")
-    others = {row.name.rpartition(".")[0] for row in base.family.rows} | {base.family.head.rpartition(".")[0]}
-    if lora and (module in others or re.sub(r"\.\d+\.", ".{layer}.", module) in others):
+    weights = [*(row.name for row in (*base.family.rows, *base.family.held)), base.family.head]
+    others = {weight.rpartition(".")[0] for weight in weights} - {site.place.name for site in every}
+    if lora and {module, re.sub(r"\.\d+\.", ".{layer}.", module)} & others:
         return UserError(
             f"{file}: {name}: an adapter of {module} is not read here, only those of the linear layers of blocks."
         )
