@@ -112,13 +112,19 @@ def logits_here(workdir: Path) -> np.ndarray:
     return np.asarray(logits(cast_for_use(params, spec, ONE, "float32"), jnp.asarray(TOKENS)))
 
 
+@functools.cache
+def parameters_of(base: Path):
+    """Those of the run of a model."""
+    config = read_run_config(base)
+    return restore_for_use(base, config, adapted_spec(base, config), ONE, silent)[1]
+
+
 def made_here(base: Base, workdir: Path, adapter: AdapterConfig) -> Path:
     """Writes the run of an adapter with random weights, as if it had been trained."""
     of_base = read_run_config(base.run)
     train = dataclasses.replace(of_base.train, init_from=str(base.run))
     config = dataclasses.replace(of_base, train_step="lora", adapter=adapter, train=train)
-    _, params = restore_for_use(base.run, of_base, adapted_spec(base.run, of_base), ONE, silent)
-    spec = adapted_spec(base.run, config)
+    spec, params = adapted_spec(base.run, config), parameters_of(base.run)
 
     def drawn(path, leaf):
         """Also of what stands still, so that nothing is what it began as by chance."""

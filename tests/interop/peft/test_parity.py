@@ -83,20 +83,24 @@ def test_theirs_of_several_ranks_scales_and_layers(case, base_of, tmp_path):
 LORA = AdapterConfig(kind="lora", rank=4, alpha=3.0)
 KINDS = {
     "lora": LORA,
-    "rslora": dataclasses.replace(LORA, rank_stabilized=True, rank=3),
+    "rslora": dataclasses.replace(LORA, rank_stabilized=True),
     "dora": dataclasses.replace(LORA, dora=True),
-    "pissa": dataclasses.replace(LORA, init="pissa", rank=2),
+    "pissa": dataclasses.replace(LORA, init="pissa"),
     "pissa dora": dataclasses.replace(LORA, init="pissa", dora=True, rank_stabilized=True),
     "some": dataclasses.replace(LORA, targets="attention.query,attention.value,mlp.down"),
     "some dora": dataclasses.replace(LORA, targets="attention.query,mlp.down", dora=True),
 }
-OURS = [(name, kind) for name in ("llama", "gpt2", "bloom") for kind in KINDS]
-OURS += [("mixtral", "lora"), ("mixtral", "pissa"), ("qwen3_moe", "rslora"), ("bert", "pissa dora"), ("bert", "some")]
+OURS = [(name, kind) for name in ("llama", "gpt2", "bloom") for kind in ("lora", "rslora", "dora", "pissa dora")]
+OURS += [("llama", "pissa"), ("gpt2", "some"), ("bloom", "some dora"), ("bert", "some")]
+OURS += [("mixtral", "lora"), ("qwen3_moe", "rslora")]
 
 
 @pytest.mark.parametrize(("name", "kind"), OURS)
 def test_ours(name, kind, base_of, tmp_path):
-    """And back: the same parameters to the bit, or the same model where PiSSA became plain LoRA."""
+    """And back: the same parameters to the bit, or the same model where another adapter says it.
+
+    That is plain LoRA for PiSSA's, and magnitudes for all that is one matrix there.
+    """
     base = base_of(name)
     run = made_here(base, tmp_path / "run", KINDS[kind])
     expected = logits_here(run)
@@ -105,7 +109,7 @@ def test_ours(name, kind, base_of, tmp_path):
     assert np.abs(expected - logits_of(base.theirs())).max() > 0.1
     again = to_run(base, folder, tmp_path / "again")
     before, after = read_run_config(run).adapter, read_run_config(again).adapter
-    if before.init == "pissa" or (kind == "some dora" and name != "llama"):
+    if before.init == "pissa" or kind == "some dora":
         near(logits_here(again), expected)
         return
     assert dataclasses.replace(after, targets=before.targets) == before
