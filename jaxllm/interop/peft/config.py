@@ -2,15 +2,17 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxllm.errors import UserError
 from jaxllm.interop.hf.config import read_json
+from jaxllm.interop.hf.files import refuse_pickles
 from jaxllm.interop.peft.targets import of_pattern
 
-CONFIG_FILE = "adapter_config.json"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 LORA = "LORA"
 READ = (LORA,)  # the values of peft_type
 VERSION = "0.21.2"
@@ -74,7 +76,29 @@ REFUSED = {
 }
 # Of init_lora_weights: those that leave the base as it is. The others (pissa, olora, loftq, …) are for a changed base.
 SAME_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-NUMBERS = ("r", "lora_alpha", "lora_dropout")
+# What the keys that are read may hold, beside null where that is what they hold by default.
+JSON_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    bool: "true or false",
+}
+TYPES: dict[str, tuple[type, ...]] = {
+    "r": (int,),
+    "lora_alpha": (int, float),
+    "lora_dropout": (int, float),
+    "rank_pattern": (dict,),
+    "alpha_pattern": (dict,),
+    "target_modules": (list, str),
+    "target_parameters": (list,),
+    "exclude_modules": (list, str),
+    "layers_to_transform": (list, int),
+    "layers_pattern": (list, str),
+    "use_dora": (bool,),
+    "use_rslora": (bool,),
+}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -94,6 +118,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     if kind not in READ:
         raise UserError(f"{file}: peft_type={json.dumps(kind)} is not read here; {' and '.join(READ)} are.")
     return LORA_KEYS | keys
+
+
+def weights_file(folder: Path) -> Path:
+    """The weights of an adapter.
+
+    Raises:
+      UserError: there are none, or in a pickle.
+    """
+    file = folder / WEIGHTS_FILE
+    if not file.is_file():
+        refuse_pickles(folder)
+        raise UserError(f"{folder} has no weights: {WEIGHTS_FILE} is not there.")
+    return file
 
 
 def check_lora(file: Path, keys: Mapping[str, Any]) -> None:
@@ -118,9 +155,31 @@ def check_lora(file: Path, keys: Mapping[str, Any]) -> None:
             f"{file}: init_lora_weights={json.dumps(keys['init_lora_weights'])} is for a base that it changed. Save a "
             "plain LoRA: model.save_pretrained(DIR, path_initial_model_for_weight_conversion=…)."
         )
-    for key in NUMBERS:
-        if isinstance(keys[key], bool) or not isinstance(keys[key], (int, float)):
-            raise UserError(f"{file}: {key}={json.dumps(keys[key])} must be a number.")
+    _check_types(file, keys)
+
+
+def _check_types(file: Path, keys: Mapping[str, Any]) -> None:
+    for key, types in TYPES.items():
+        value = keys[key]
+        if value is None and LORA_KEYS[key] is None:
+            continue
+        if not isinstance(value, types) or isinstance(value, bool) != (types == (bool,)):
+            names = " or ".join(JSON_NAMES[kind] for kind in types)
+            raise UserError(f"{file}: {key}={json.dumps(value)} must be {names}.")
+    ranks, alphas = keys["rank_pattern"], keys["alpha_pattern"]
+    for key, rank in [("r", keys["r"]), *((f"rank_pattern of {name}", rank) for name, rank in ranks.items())]:
+        if not isinstance(rank, int) or rank < 1:
+            raise UserError(f"{file}: {key}={json.dumps(rank)} must be a whole number, 1 or more.")
+    for name, alpha in alphas.items():
+        if not isinstance(alpha, (int, float)):
+            raise UserError(f"{file}: alpha_pattern of {name}={json.dumps(alpha)} must be a number.")
+    patterns = [keys[key] for key in ("target_modules", "exclude_modules") if isinstance(keys[key], str)]
+    layers = keys["layers_pattern"] or []
+    for pattern in [*patterns, *([layers] if isinstance(layers, str) else layers), *ranks, *alphas]:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"{file}: {pattern!r} is no regular expression: {error}.") from None
 
 
 def rank_of(name: str, keys: Mapping[str, Any]) -> int:

@@ -18,7 +18,7 @@ def is_target(name: str, keys: Mapping[str, Any]) -> bool:
     if re.fullmatch(excluded, name) if isinstance(excluded, str) else ends_with(name, excluded):
         return False
     if isinstance(wanted, str):
-        return wanted == ALL_LINEAR or bool(re.fullmatch(wanted, name))
+        return wanted.lower() == ALL_LINEAR or bool(re.fullmatch(wanted, name))
     return ends_with(name, wanted) and _is_in_layers(name, keys)
 
 

@@ -139,7 +139,10 @@ def test_an_imported_adapter_is_a_run(base_of, tmp_path, capsys):
     stored = read_run_config(moved / "adapters" / "theirs")
     assert stored.adapter == AdapterConfig(kind="lora", rank=4, alpha=6.0, targets="attention.query,attention.value")
     assert stored.train.init_from == str(base.run) and stored.train_step == "lora"
-    capsys.readouterr()
+    assert "names its base" not in capsys.readouterr().err
+    rewrite(tmp_path / "theirs", written(tmp_path / "theirs") | {"base_model_name_or_path": "some/other"})
+    assert main([*argv, f"--to={moved / 'adapters' / 'again'}"]) == 0
+    assert f"names its base some/other, and {base.run} came from {base.directory}" in capsys.readouterr().err
     generate = ["generate", f"--workdir={moved}", "--prompt=the quick", "--max_new_tokens=4", "--temperature=0"]
     assert main([*generate, "--adapter=theirs"]) == 0
     adapted = capsys.readouterr().out

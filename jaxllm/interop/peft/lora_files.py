@@ -10,14 +10,13 @@ import numpy as np
 
 from jaxllm.errors import UserError
 from jaxllm.interop.hf.family import Family
-from jaxllm.interop.hf.files import DTYPES, Stored, refuse_pickles, tensors_of
-from jaxllm.interop.peft.config import CONFIG_FILE, check_lora, rank_of, scale_of
+from jaxllm.interop.hf.files import DTYPES, Stored, tensors_of
+from jaxllm.interop.peft.beside import Beside
+from jaxllm.interop.peft.config import CONFIG_FILE, check_lora, rank_of, scale_of, weights_file
 from jaxllm.interop.peft.lora import Factors
 from jaxllm.interop.peft.places import PREFIX, Place, Site, places_of, sites_of, stems
 from jaxllm.interop.peft.targets import ends_with, is_target
-from jaxllm.model.spec import ModelSpec
 
-WEIGHTS_FILE = "adapter_model.safetensors"
 A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 # Names of tensors that belong to something else: what that is.
 OTHERS = {
@@ -27,14 +26,6 @@ OTHERS = {
     r"(?!.*\.lora_).*\.bias": "a bias that was trained",
     r"(?!.*\.lora_).*\.weight": "a module that was trained whole",
 }
-
-
-class Beside(NamedTuple):
-    """The model that an adapter is for."""
-
-    workdir: Path
-    family: Family
-    spec: ModelSpec  # `linear_spec` of it
 
 
 class LoRAFile(NamedTuple):
@@ -71,10 +62,7 @@ def open_lora(folder: Path, keys: Mapping[str, Any], base: Beside) -> LoRAFile:
       UserError: what is missing, unexpected, misshapen or of another dtype, by name.
     """
     check_lora(folder / CONFIG_FILE, keys)
-    file = folder / WEIGHTS_FILE
-    if not file.is_file():
-        refuse_pickles(folder)
-        raise UserError(f"{folder} has no weights: {WEIGHTS_FILE} is not there.")
+    file = weights_file(folder)
     stored = tensors_of([file])
     every = sites_of(_places(base, stored))
     tensors = {_name_today(name, stems(every), base.family): tensor for name, tensor in stored.items()}
