@@ -135,7 +135,8 @@ def test_an_imported_adapter_is_a_run(base_of, tmp_path, capsys):
     moved = tmp_path / "base"
     shutil.copytree(base.run, moved)
     argv = ["convert", f"--from=peft:{tmp_path / 'theirs'}", f"--base={base.run}", "--config.mesh.data=4"]
-    assert main([*argv, "--config.mesh.model=2", f"--to={moved / 'adapters' / 'theirs'}"]) == 0
+    argv += ["--config.mesh.model=2"]
+    assert main([*argv, f"--to={moved / 'adapters' / 'theirs'}"]) == 0
     stored = read_run_config(moved / "adapters" / "theirs")
     assert stored.adapter == AdapterConfig(kind="lora", rank=4, alpha=6.0, targets="attention.query,attention.value")
     assert stored.train.init_from == str(base.run) and stored.train_step == "lora"
