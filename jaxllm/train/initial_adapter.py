@@ -11,7 +11,8 @@ from jaxllm.train.config import Config, read_config
 from jaxllm.train.initial import Base, newest_identity
 from jaxllm.train.state import Params, TrainState
 
-FREE = ("init_from", "base_weights", "dropout")  # fields of config.adapter that change no parameter
+# Fields of config.adapter that make no other parameters of one that is there already.
+FREE = ("init_from", "base_weights", "dropout", "prompt_init", "prompt_text")
 
 
 def check_initial_adapter(config: Config) -> None:

@@ -15,11 +15,12 @@ from jaxllm.interop.hf.files import NewTensor, tensors_of, write_file
 from jaxllm.interop.hf.load import write_json
 from jaxllm.interop.hf.whole import whole_or_nothing
 from jaxllm.interop.merge import adapted_spec
-from jaxllm.interop.peft.beside import Beside
+from jaxllm.interop.peft.beside import Beside, described
 from jaxllm.interop.peft.config import CONFIG_FILE, WEIGHTS_FILE, read_config
 from jaxllm.interop.peft.lengths import column_lengths
 from jaxllm.interop.peft.lora_export import check_scales, lora_file, lora_remarks
 from jaxllm.interop.peft.places import linear_spec
+from jaxllm.interop.peft.prompts import prompt_file, prompt_here, prompt_remarks
 from jaxllm.layout.layout import make_layout
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.checks import check_for_use
@@ -41,8 +42,6 @@ def export_adapter(workdir: Path, folder: Path, config: Config, say: Callable[[s
     adapter = config.adapter
     if adapter.kind == "none":
         raise UserError(f"--from {workdir} is a whole model and no adapter (config.adapter.kind=none): --to hf:DIR.")
-    if adapter.kind != "lora":
-        raise UserError(f"--from {workdir} is an adapter of the kind {adapter.kind}, which is not written yet.")
     check_for_use(config, jax.device_count())
     spec, origin = adapted_spec(workdir, config), read_origin(workdir)
     family, _ = write_model(spec.config, origin.keys)
@@ -55,14 +54,22 @@ def export_adapter(workdir: Path, folder: Path, config: Config, say: Callable[[s
             raise UserError(f"--from {workdir} has no checkpoint yet.")
         _, own, run = restored
         restore = lambda: restore_base(workdir, config, run["base"], spec.base(abstract), say).params  # noqa: E731
-        keys, tensors = lora_file(spec, own, base, column_lengths(base.spec, restore))
+        if adapter.kind == "lora":
+            keys, tensors = lora_file(spec, own, base, column_lengths(base.spec, restore))
+        else:
+            keys, tensors = prompt_file(spec, own)
         keys["base_model_name_or_path"] = _base_name(origin, run["base"])
         write_json(partial / CONFIG_FILE, keys)
         new = {name: NewTensor(t.shape, FLOAT32, lambda t=t: np.ascontiguousarray(t)) for name, t in tensors.items()}
         write_file(partial / WEIGHTS_FILE, new, new)
-        check_scales(partial, read_config(partial), base, adapter)
         _verify(partial / WEIGHTS_FILE, tensors)
-    for line in [*lora_remarks(folder, adapter, keys), *_base_remarks(config, keys)]:
+        if adapter.kind == "lora":
+            check_scales(partial, read_config(partial), base, adapter)
+        else:
+            prompt_here(partial, read_config(partial), base)  # refuses what does not fit
+    say(f"{folder}: {described(adapter)}, read back and equal")
+    of_kind = lora_remarks(adapter, keys) if adapter.kind == "lora" else prompt_remarks(adapter, workdir)
+    for line in [*of_kind, *_base_remarks(config, keys)]:
         say(line)
 
 

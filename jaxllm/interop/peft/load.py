@@ -14,15 +14,17 @@ from jaxllm.interop.hf.export import Origin, read_origin
 from jaxllm.interop.hf.load import write_json
 from jaxllm.interop.hf.whole import whole_or_nothing
 from jaxllm.interop.merge import adapted_spec
-from jaxllm.interop.peft.beside import Beside
-from jaxllm.interop.peft.config import read_config
+from jaxllm.interop.peft.beside import Beside, described
+from jaxllm.interop.peft.config import LORA, read_config
 from jaxllm.interop.peft.lengths import column_lengths
 from jaxllm.interop.peft.lora_files import open_lora
 from jaxllm.interop.peft.lora_import import lora_here
 from jaxllm.interop.peft.places import linear_paths, linear_spec
+from jaxllm.interop.peft.prompts import prompt_here
 from jaxllm.layout.layout import make_layout
 from jaxllm.layout.scope import path_name
 from jaxllm.model.spec import model_spec
+from jaxllm.steps import STEPS
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.checks import check_for_use
 from jaxllm.train.config import Config, config_dict
@@ -49,17 +51,20 @@ def import_adapter(folder: Path, base: Path, workdir: Path, config: Config, say:
     origin = read_origin(base)
     family, _ = write_model(model, origin.keys)
     beside = Beside(base, family, linear_spec(model))
-    opened = open_lora(folder, keys, beside)
     layout = make_layout(config.mesh, config.layout)
     restore = lambda: restore_for_use(base, config, model_spec(model), layout, say)[1]  # noqa: E731
     with whole_or_nothing(workdir) as partial:
-        adapter, arrays = lora_here(opened, linear_paths(beside.spec), column_lengths(beside.spec, restore))
+        if keys["peft_type"] == LORA:
+            opened = open_lora(folder, keys, beside)
+            adapter, arrays = lora_here(opened, linear_paths(beside.spec), column_lengths(beside.spec, restore))
+        else:
+            adapter, arrays = prompt_here(folder, keys, beside)
         spec = model_spec(model, adapter)
         abstract = spec.own(at_rest(spec, layout))
         place = lambda path, leaf: jax.device_put(arrays[path_name(path)], leaf.sharding)  # noqa: E731
         written = dataclasses.replace(
             config,
-            train_step="lora",
+            train_step=next(name for name, step in STEPS.items() if adapter.kind in step.adapters),
             adapter=adapter,
             data=dataclasses.replace(config.data, tokenizer=str(workdir / "tokenizer")),
             train=dataclasses.replace(config.train, init_from=str(base)),
@@ -73,10 +78,7 @@ def import_adapter(folder: Path, base: Path, workdir: Path, config: Config, say:
         carry_origin(str(base), partial)
     if remark := _another_base(keys["base_model_name_or_path"], base, origin):
         say(remark)
-    say(
-        f"{workdir}: LoRA of rank {adapter.rank} at {adapter.targets}, {spec.num_trained_parameters:,} parameters as "
-        f"float32, for {base}"
-    )
+    say(f"{workdir}: {described(adapter)}, {spec.num_trained_parameters:,} parameters as float32, for {base}")
 
 
 def _another_base(name: str | None, base: Path, origin: Origin) -> str | None:

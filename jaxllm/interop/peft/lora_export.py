@@ -11,7 +11,7 @@ import numpy as np
 from jaxllm.errors import UserError
 from jaxllm.interop.hf.family import Family
 from jaxllm.interop.hf.tensors import file_tensors, pieces_of
-from jaxllm.interop.peft.beside import Beside
+from jaxllm.interop.peft.beside import Arrays, Beside
 from jaxllm.interop.peft.config import LORA_KEYS
 from jaxllm.interop.peft.lengths import Lengths
 from jaxllm.interop.peft.lora import Factors, fused, plain_matrices
@@ -23,10 +23,8 @@ from jaxllm.model.spec import ModelSpec
 from jaxllm.train.state import Params
 
 
-def lora_file(
-    spec: ModelSpec, own: Params, base: Beside, lengths: Lengths
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The keys and the tensors of a LoRA of ours.
+def lora_file(spec: ModelSpec, own: Params, base: Beside, lengths: Lengths) -> tuple[dict[str, Any], Arrays]:
+    """The keys of adapter_config.json and the tensors of a LoRA of ours.
 
     Args:
       own: the adapter's parameters.
@@ -44,7 +42,7 @@ def lora_file(
     by_name: dict[str, Factors] = {}
     for place in places:
         by_name |= fused(place, ours, lengths)
-    tensors: dict[str, np.ndarray] = {}
+    tensors: Arrays = {}
     for stem, site in stems(sites_of(places)).items():
         tensors |= _flat(stem, by_name[site.name])
     ranks = {place.name: by_name[next(iter(place.names()))].rank for place in places}
@@ -109,9 +107,9 @@ def check_scales(folder: Path, keys: Mapping[str, Any], base: Beside, adapter: A
             raise RuntimeError(f"{stem} was written to {folder} with the scale {opened.scale(stem)}")
 
 
-def lora_remarks(folder: Path, adapter: AdapterConfig, keys: Mapping[str, Any]) -> list[str]:
+def lora_remarks(adapter: AdapterConfig, keys: Mapping[str, Any]) -> list[str]:
     """What there is to say of a LoRA that was written."""
-    lines = [f"{folder}: LoRA of rank {keys['r']}, scale {adapter.scale:g}, read back and equal"]
+    lines = []
     if keys["rank_pattern"]:
         lines.append(f"matrices that are one there have adapters of a rank of their own: {keys['rank_pattern']}")
     if adapter.init == "pissa":

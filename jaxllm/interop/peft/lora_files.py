@@ -12,8 +12,9 @@ from jaxllm.errors import UserError
 from jaxllm.interop.hf.family import Family
 from jaxllm.interop.hf.files import DTYPES, Stored, tensors_of
 from jaxllm.interop.peft.beside import Beside
-from jaxllm.interop.peft.config import CONFIG_FILE, check_lora, rank_of, scale_of, weights_file
+from jaxllm.interop.peft.config import CONFIG_FILE, weights_file
 from jaxllm.interop.peft.lora import Factors
+from jaxllm.interop.peft.lora_config import check_lora, rank_of, scale_of
 from jaxllm.interop.peft.places import PREFIX, Place, Site, places_of, sites_of, stems
 from jaxllm.interop.peft.targets import ends_with, is_target
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxllm.interop.peft.beside import Arrays
 from jaxllm.interop.peft.lengths import Lengths
 from jaxllm.interop.peft.lora import Matrices, apart
 from jaxllm.interop.peft.lora_files import LoRAFile
@@ -12,7 +13,6 @@ from jaxllm.interop.peft.targets import ALL_LINEAR
 from jaxllm.model.adapter_config import AdapterConfig
 
 LAYERS = "layers."  # what the paths of linear layers begin with
-Arrays = dict[str, np.ndarray]  # parameters by path, float32
 
 
 def lora_here(opened: LoRAFile, linear: Sequence[str], lengths: Lengths) -> tuple[AdapterConfig, Arrays]:

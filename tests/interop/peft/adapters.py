@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from jaxllm.generate.run import cast_for_use, read_run_config, restore_for_use
 from jaxllm.interop.hf.load import import_directory, write_json
@@ -64,25 +65,26 @@ def silent(line: str) -> None:
     """Takes what a conversion says."""
 
 
-def made_by_peft(base: Base, folder: Path, **fields: Any) -> np.ndarray:
+def made_by_peft(base: Base, folder: Path, kind: str = "LoraConfig", **fields: Any) -> np.ndarray:
     """Writes an adapter of PEFT's with random weights to `folder`. Returns the logits of the adapted model."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = peft.get_peft_model(base.theirs(), peft.LoraConfig(**fields)).eval()
+        model = peft.get_peft_model(base.theirs(), getattr(peft, kind)(**fields)).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_magnitude" in name:
                 parameter.mul_(1 + 0.3 * torch.rand(parameter.shape, generator=generator))
-            elif ".lora_" in name:
+            elif ".lora_" in name or "prompt_encoder" in name:
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(folder)
     return logits_of(model)
 
 
 def logits_of(model) -> np.ndarray:
+    """Those of the tokens, without those of virtual ones before them."""
     with torch.no_grad():
-        return model(torch.tensor(TOKENS)).logits.numpy()
+        return model(torch.tensor(TOKENS)).logits.numpy()[:, -TOKENS.shape[1] :]
 
 
 def loaded_by_peft(base: Base, folder: Path):
@@ -93,8 +95,12 @@ def loaded_by_peft(base: Base, folder: Path):
             warnings.filterwarnings("ignore", harmless)
         model = peft.PeftModel.from_pretrained(base.theirs(), folder).eval()
     result = peft.set_peft_model_state_dict(model, peft.utils.load_peft_weights(str(folder), device="cpu"))
-    assert not result.unexpected_keys
+    virtual = {"prompt_embeddings"} & set(result.unexpected_keys)  # goes into no parameter of that name
+    assert set(result.unexpected_keys) == virtual
     assert not [name for name in result.missing_keys if ".lora_" in name]
+    if virtual:
+        kept = safetensors.numpy.load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
+        np.testing.assert_array_equal(model.prompt_encoder["default"].embedding.weight.detach().numpy(), kept)
     return model
 
 
@@ -109,7 +115,9 @@ def logits_here(workdir: Path) -> np.ndarray:
         model = spec.merge(weights)
         return model.head.logits(model(tokens))
 
-    return np.asarray(logits(cast_for_use(params, spec, ONE, "float32"), jnp.asarray(TOKENS)))
+    tokens = np.pad(TOKENS, [(0, 0), (config.adapter.places, 0)])
+    found = logits(cast_for_use(params, spec, ONE, "float32"), jnp.asarray(tokens))
+    return np.asarray(found)[:, config.adapter.places :]
 
 
 @functools.cache
@@ -123,7 +131,8 @@ def made_here(base: Base, workdir: Path, adapter: AdapterConfig) -> Path:
     """Writes the run of an adapter with random weights, as if it had been trained."""
     of_base = read_run_config(base.run)
     train = dataclasses.replace(of_base.train, init_from=str(base.run))
-    config = dataclasses.replace(of_base, train_step="lora", adapter=adapter, train=train)
+    step = "prompt" if adapter.places else "lora"
+    config = dataclasses.replace(of_base, train_step=step, adapter=adapter, train=train)
     spec, params = adapted_spec(base.run, config), parameters_of(base.run)
 
     def drawn(path, leaf):

@@ -61,7 +61,7 @@ BROKEN = {
     "no weights": (lambda f: (f / WEIGHTS).unlink(), f"{WEIGHTS} is not there"),
     "a pickle": (only_a_pickle, "adapter_model.bin is not opened: a pickle can run code"),
     "truncated": (truncate, "is not a whole safetensors file"),
-    "another kind": (config(peft_type="IA3"), 'peft_type="IA3" is not read here; LORA'),
+    "another kind": (config(peft_type="IA3"), 'peft_type="IA3" is not read here; LORA, PROMPT_TUNING'),
     "no kind": (config(peft_type=None), "peft_type=null is not read here"),
     "modules_to_save": (config(modules_to_save=["lm_head"]), 'modules_to_save=["lm_head"]: modules that were trained'),
     "trainable tokens": (config(trainable_token_indices=[1, 2]), "embeddings of tokens that were trained"),
