@@ -76,11 +76,13 @@ def merge(values: Mapping[str, Any]) -> ConfigDict:
 def override(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
     """Sets the fields {"group.field": "text"} of `config`; {"model": "llama3_8b"} lays a preset first.
 
-    In place of a preset it may name a WORKDIR, for the model of that run.
+    In place of a preset it may name a WORKDIR, for the model of that run; {"adapter": "WORKDIR"} goes on with the
+    adapter of a run.
     """
-    for name, text in sorted(overrides.items(), key=lambda item: item[0] != "model"):
-        if name == "model":
-            config.model.update(_preset(text))
+    groups = {"model": _preset, "adapter": _adapter_of_run}
+    for name, text in sorted(overrides.items(), key=lambda item: item[0] not in groups):
+        if name in groups:
+            config[name].update(groups[name](text))
             continue
         _check_name(config, name)
         group, _, field = name.rpartition(".")
@@ -107,20 +109,29 @@ def _preset(name: str) -> Mapping[str, Any]:
     return known[name]()
 
 
+def _adapter_of_run(name: str) -> Mapping[str, Any]:
+    """The group `config.adapter` of the run in the folder `name`, to go on with its adapter."""
+    return _group_of_run(name, "adapter") | {"init_from": name}
+
+
 def model_of_run(name: str) -> Mapping[str, Any]:
     """The group `config.model` of the run in the folder `name`.
 
     Raises:
       UserError: no run there.
     """
+    return _group_of_run(name, "model")
+
+
+def _group_of_run(name: str, group: str) -> dict[str, Any]:
     file = Path(name) / "config.json"
     if not file.is_file():
         raise UserError(f"{name}: no run is there: no config.json in it. It is what jaxllm train --workdir wrote.")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))["model"]
+        return json.loads(file.read_text(encoding="utf-8"))[group]
     except (ValueError, KeyError, TypeError):
         raise UserError(
-            f"--config.model={name}: {file} is not that of a run. Import a Hugging Face directory first: "
+            f"--config.{group}={name}: {file} is not that of a run. Import a Hugging Face directory first: "
             f"jaxllm convert --from hf:{name} --to WORKDIR."
         ) from None
 

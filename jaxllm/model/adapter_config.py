@@ -30,6 +30,7 @@ class AdapterConfig:
     encoder_dim: int = 0  # p_tuning, and prefix with prefix_projection: hidden units; 0: embed_dim
     encoder_layers: int = 2  # p_tuning: of the lstm
     prefix_projection: bool = False  # prefix: keys and values are what an mlp makes of embeddings
+    init_from: str = ""  # a WORKDIR whose adapter a fresh run goes on with; "": a new one
 
     @property
     def scale(self) -> float:

@@ -32,6 +32,13 @@ def _is_packed(path: tuple, axes: Sequence[str]) -> bool:
     return path[-1].key == "kernel" and axes[0] == "layers" and None not in axes
 
 
+def thaw(held: Tree, axes: Tree | tuple) -> Tree:
+    """The weights that are computed with: those in 4 bits as float32, all others as they are. Traceable."""
+    if set(held) == {CODES, SCALES}:
+        return nf4.dequantize(nf4.NF4(held[CODES], held[SCALES], axes.index("embed")), jnp.float32)
+    return {key: thaw(value, axes[key]) if isinstance(value, dict) else value for key, value in held.items()}
+
+
 def held_axes(held: Tree, axes: Tree | tuple) -> Tree:
     """The logical axes of what `freeze` made of weights with these axes."""
     if not isinstance(axes, dict):

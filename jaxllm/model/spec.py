@@ -1,7 +1,7 @@
 """A model without numbers: its graph, its parameters' shapes and their logical axes."""
 
 import math
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -156,6 +156,7 @@ def _abstract(config: ModelConfig, adapter: AdapterConfig) -> Transformer:
     return nnx.eval_shape(lambda: Transformer(config, adapter, rngs=_rngs(0)))
 
 
+@lru_cache(maxsize=32)  # a run asks for a few, several times
 def model_spec(config: ModelConfig, adapter: AdapterConfig = NO_ADAPTER) -> ModelSpec:
     """The spec of a model; `config` must be `resolved`.
 

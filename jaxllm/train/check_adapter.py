@@ -21,6 +21,11 @@ def check_adapter(config: Config) -> None:
                 "every weight is trained, and none can be held so. "
                 "Use --config.train_step=lora --config.adapter.kind=lora."
             )
+        if adapter.init_from:
+            raise UserError(
+                f"config.adapter.init_from={adapter.init_from} goes on with an adapter, and config.adapter.kind=none. "
+                f"Take that of the run: --config.adapter={adapter.init_from}."
+            )
         return
     if not config.train.init_from:
         raise UserError(

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxllm.errors import UserError
-from jaxllm.layout.scope import joined, like
+from jaxllm.layout.scope import like
 from jaxllm.train.checkpoint_errors import first_line, hush_orbax, tells_damage, write_failure
 from jaxllm.train.state import Params, TrainState
 from jaxllm.train.tree_hash import tree_hash
@@ -105,7 +105,7 @@ class Checkpoints:
             "config": dict(config),
             "versions": _versions(),
             "metrics": dict(metrics),
-            "parameter_hash": tree_hash(_own(state)),
+            "parameter_hash": tree_hash(state.own),
             "base": dict(base or {}),
             "state_hash": tree_hash(_rest(state)),
         }
@@ -114,7 +114,7 @@ class Checkpoints:
             lambda: self._orbax.save(
                 self.directory / str(step),
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(_own(state)),
+                    params=ocp.args.StandardSave(state.own),
                     state=ocp.args.StandardSave(_nested(_rest(state))),
                     data=ocp.args.JsonSave(dict(data)),
                     run=ocp.args.JsonSave(run),
@@ -122,17 +122,30 @@ class Checkpoints:
             )
         )
 
-    def save_params(self, params: Params, config: Mapping[str, Any]) -> None:
+    def save_params(self, params: Params, config: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> str:
         """Saves parameters that were not trained here as step 0, without a train state, and waits for it.
+
+        Args:
+          base: as for `save`.
+
+        Returns:
+          The parameters' hash.
 
         Raises:
           UserError: the disk is full or not writable.
         """
-        run = {"config": dict(config), "versions": _versions(), "metrics": {}, "parameter_hash": tree_hash(params)}
+        run = {
+            "config": dict(config),
+            "versions": _versions(),
+            "metrics": {},
+            "parameter_hash": tree_hash(params),
+            "base": dict(base or {}),
+        }
         self._saving = 0
         args = ocp.args.Composite(params=ocp.args.StandardSave(params), run=ocp.args.JsonSave(run))
         self._guard(lambda: self._orbax.save(self.directory / "0", args=args))
         self.wait()
+        return run["parameter_hash"]
 
     def wait(self) -> None:
         """Waits until the save under way is committed, then removes the checkpoints that are no longer kept.
@@ -227,7 +240,7 @@ class Checkpoints:
 
     def _restore_state(self, step: int, abstract: TrainState) -> Restored:
         run = self._read_json(step, "run")
-        own = self._read_arrays(step, "params", _own(abstract), run["parameter_hash"])
+        own = self._read_arrays(step, "params", abstract.own, run["parameter_hash"])
         rest = _rest(abstract)
         nested = self._read_arrays(step, "state", _nested(rest), None)
         rest = jax.tree.unflatten(jax.tree.structure(rest), [_at(nested, path) for path in _paths(rest)])
@@ -325,11 +338,6 @@ def _handlers(bytes_in_flight: int) -> ocp.handlers.CheckpointHandlerRegistry:
 
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in VERSIONED}
-
-
-def _own(state: TrainState) -> Params:
-    """The parameters that belong to the run: not those of a model that it trains an adapter for."""
-    return joined(state.params, state.constants)
 
 
 def _rest(state: TrainState) -> dict[str, Any]:

@@ -22,9 +22,11 @@ ORIGIN = "huggingface"  # folder of a WORKDIR: what an export needs of the direc
 def refuse_parameters_alone(stored: Mapping[str, Any], workdir: Path) -> None:
     """Refuses to go on with a checkpoint that has no train state: one that `jaxllm convert` wrote."""
     if "state_hash" not in stored:
+        adapts = read_config(stored["config"]).adapter.kind != "none"
+        flag = f"--config.adapter={workdir}" if adapts else f"--config.train.init_from={workdir}"
         raise UserError(
             f"--workdir {workdir} holds imported parameters and no training run to go on with. "
-            f"Give a new one, and start from these: --config.train.init_from={workdir}."
+            f"Give a new one, and start from these: {flag}."
         )
 
 
@@ -52,7 +54,8 @@ def check_initial(config: Config, spec: ModelSpec, tokenizer: Tokenizer) -> None
     if theirs.adapter.kind != "none":
         raise UserError(
             f"config.train.init_from={source} is an adapter, not a model. Start from its base, "
-            f"{theirs.train.init_from}, or merge the two: jaxllm convert --from {source} --to WORKDIR."
+            f"{theirs.train.init_from} (with --config.adapter={source} it goes on), or merge the two: "
+            f"jaxllm convert --from {source} --to WORKDIR."
         )
     model, folder = theirs.model, source / "tokenizer"
     if folder.exists() and load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
@@ -110,6 +113,22 @@ class Base(NamedTuple):
     def identity(self) -> dict[str, Any]:
         """What the checkpoint of an adapter says of the model that it is for."""
         return {"step": self.step, "parameter_hash": self.parameter_hash}
+
+
+def newest_identity(workdir: Path) -> dict[str, Any]:
+    """The identity of the parameters of the newest checkpoint in `workdir`, as a base.
+
+    Raises:
+      UserError: there is none.
+    """
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        stored = checkpoints.newest_run()
+        if stored is None:
+            raise UserError(f"{workdir} has no checkpoint yet.")
+        parameter_hash = stored["parameter_hash"]
+        step = checkpoints.step_with(parameter_hash)
+        assert step is not None
+        return Base({}, step, parameter_hash).identity
 
 
 def restore_initial(source: str, abstract: Params, say: Callable[[str], None]) -> Base:

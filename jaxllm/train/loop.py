@@ -31,6 +31,7 @@ from jaxllm.train.initial import (
     restore_base,
     restore_initial,
 )
+from jaxllm.train.initial_adapter import check_initial_adapter, restore_initial_adapter
 from jaxllm.train.metrics import ProgressReport
 from jaxllm.train.monitor import Dispatched, Monitor, hash_tokens
 from jaxllm.train.optimizer import make_optimizer, make_schedule
@@ -93,6 +94,8 @@ def train(
             )
         if config.train.init_from and stored is None:
             check_initial(config, spec, data.tokenizer)
+            if config.adapter.init_from:
+                check_initial_adapter(config)
         layout = make_layout(
             config.mesh, config.layout, reduce_dtype=config.precision.gradients, devices=devices and list(devices)
         )
@@ -124,8 +127,11 @@ def train(
         compute = config.precision.compute
         if restored is None and config.train.init_from:
             base = restore_initial(config.train.init_from, abstract_base(spec, layout), report.say)
+            adapter = None
+            if config.adapter.init_from:
+                adapter = restore_initial_adapter(config, base, abstract, report.say)
             prompt = prompt_tokens(config.adapter, data.tokenizer)
-            state = init_state_from(base.params, spec, optimizer, layout, config.seed, compute, prompt)
+            state = init_state_from(base.params, spec, optimizer, layout, config.seed, compute, prompt, adapter)
         elif restored is None:
             state = init_state(spec, optimizer, layout, config.seed, compute)
         else:

@@ -32,6 +32,7 @@ HARMLESS = (
     "model.z_loss",
     "model.init_std",
     "adapter.dropout",
+    "adapter.init_from",
 )
 
 

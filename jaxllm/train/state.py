@@ -39,6 +39,11 @@ class TrainState(NamedTuple):
     frozen: Params  # the model that an adapter is for, as it is held (model/frozen.py); in no checkpoint
 
     @property
+    def own(self) -> Params:
+        """The parameters that belong to the run: not those of a model that it trains an adapter for."""
+        return joined(self.params, self.constants)
+
+    @property
     def held(self) -> Params:
         """What a step computes with and does not train."""
         return joined(self.constants, self.frozen)
@@ -115,18 +120,22 @@ def init_state_from(
     seed: int = 0,
     compute: str = "bfloat16",
     prompt: Sequence[int] = (),
+    adapter: Params | None = None,
 ) -> TrainState:
     """The state at step 0 around the parameters of a model, which lie as `abstract_base` says and are given up.
 
-    An adapter starts from `seed`, and from the model where its kind says so; `prompt` are the tokens of its text.
+    Args:
+      prompt: the tokens of an adapter's text.
+      adapter: its own parameters; default: it starts from `seed`, and from the model where its kind says so.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(spec, optimizer, layout, compute))
 
-    def make(base: Params) -> TrainState:
-        return state_of(started(spec, base, seed, prompt), spec, optimizer, compute)
+    def make(base: Params, adapter: Params | None) -> TrainState:
+        params = started(spec, base, seed, prompt) if adapter is None else joined(base, adapter)
+        return state_of(params, spec, optimizer, compute)
 
     given_up = () if spec.is_adapted else (0,)  # a base is held in another dtype: nothing of it can be used again
-    return jax.jit(make, out_shardings=shardings, donate_argnums=given_up)(base)
+    return jax.jit(make, out_shardings=shardings, donate_argnums=given_up)(base, adapter)
 
 
 def frozen_state(base: Params, spec: ModelSpec, layout: Layout, compute: str) -> Params:

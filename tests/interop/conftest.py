@@ -1,10 +1,14 @@
-"""A run trained on sentences that a model can learn by heart, and questions about them."""
+"""A run trained on sentences that a model can learn by heart, with questions about them; imported models."""
 
 import json
+import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded
 
 SAYS = {
     "cat": "meow", "dog": "woof woof", "cow": "moo", "duck": "quack quack", "sheep": "baa", "pig": "oink oink",
@@ -45,3 +49,15 @@ def trained(tmp_path_factory) -> Path:
             answer = choices.index(wrong[0] if number % 5 == 4 else SAYS[animal])
             file.write(json.dumps({"prompt": f"the {animal} says", "choices": choices, "answer": answer}) + "\n")
     return folder
+
+
+@pytest.fixture(scope="session")
+def base_of(tmp_path_factory) -> Callable:
+    """name of a model -> it in both forms (tests/interop/peft/adapters.py); not to be written to."""
+    from jaxllm.data.tokenizer_training import train_tokenizer
+    from tests.interop.peft.adapters import make_base
+
+    folder = tmp_path_factory.mktemp("bases")
+    text = ["却说曹操引兵追赶，玄德大惊。the quick brown fox jumps over the lazy dog\n"] * 20
+    train_tokenizer(text, vocab_size=320).save(folder / "tokenizer")
+    return lambda name: make_base(name, folder)

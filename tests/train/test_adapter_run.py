@@ -13,13 +13,15 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import kill_campaign
 
+from jaxllm.cli.config_file import override
 from jaxllm.cli.main import main
 from jaxllm.errors import UserError
 from jaxllm.generate.run import open_run
 from jaxllm.layout.config import LayoutConfig, MeshConfig
 from jaxllm.model.adapter_config import AdapterConfig
 from jaxllm.train import loop
-from jaxllm.train.config import config_dict
+from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.config import base_config, config_dict, read_config
 from tests.data.conversations import conversations
 from tests.mistakes import mistake
 from tests.train.test_loop import preempted_at
@@ -195,3 +197,48 @@ def test_an_adapter_for_another_model(base, examples, tmp_path):
 def test_a_config_says_what_a_run_was(adapter):
     stored = json.loads((adapter / "config.json").read_text())
     assert stored["adapter"] == config_dict(open_run(adapter).config)["adapter"]
+
+
+def test_going_on_with_an_adapter(base, adapter, examples, tmp_path):
+    """It starts where the other is, to the bit; another dropout and a base in 4 bits are no other adapter."""
+    still = {"optimizer.learning_rate": 1e-30, "optimizer.weight_decay": 0.0, "optimizer.warmup_steps": 0}
+    still |= {"train.steps": 1, "train.eval_every": 0}
+    fields = dataclasses.replace(ADAPTERS["lora"], init_from=str(adapter), dropout=0.0, base_weights="nf4")
+    assert train(adapter_config(examples, base, fields, **still), tmp_path / "more") == 0
+    assert parameter_hash(tmp_path / "more") == parameter_hash(adapter)
+    assert train(adapter_config(examples, base, fields, **still | {"train.steps": 2}), tmp_path / "more") == 0
+
+
+def parameter_hash(workdir: Path) -> str:
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        return checkpoints.newest_run()["parameter_hash"]
+
+
+def test_going_on_with_something_else(base, adapter, examples, tmp_path):
+    """Another adapter, a model, a folder, an adapter for another base."""
+    lora, other = ADAPTERS["lora"], tmp_path / "other"
+    assert loop.train(sft_config(examples, **{"train.steps": 7}), other, devices=jax.devices()[:1], quiet=True) == 0
+    for at, fields, says in (
+        (
+            base,
+            {"init_from": str(adapter), "rank": 5},
+            r"(.|\n)*--config.adapter=(.|\n)*config.adapter.rank: 4 there, 5 here",
+        ),
+        (base, {"init_from": str(base)}, "is a whole model, not an adapter"),
+        (base, {"init_from": str(tmp_path)}, "there is no checkpoint in it"),
+        (other, {"init_from": str(adapter)}, r"for the parameters with hash(.|\n)*An adapter fits no other model"),
+    ):
+        with pytest.raises(UserError, match=says):
+            train(adapter_config(examples, at, dataclasses.replace(lora, **fields)), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+    whole = adapter_config(examples, base, AdapterConfig(init_from=str(adapter)))
+    with pytest.raises(UserError, match=f"Take that of the run: --config.adapter={adapter}"):
+        train(dataclasses.replace(whole, train_step="sft"), tmp_path / "run")
+
+
+def test_the_adapter_of_a_run_as_a_flag(adapter, tmp_path):
+    config = override(base_config(), {"adapter.dropout": "0.3", "adapter": str(adapter)})
+    expected = dataclasses.replace(ADAPTERS["lora"], dropout=0.3, init_from=str(adapter))
+    assert read_config(config).adapter == expected
+    with pytest.raises(UserError, match="no run is there"):
+        override(base_config(), {"adapter": str(tmp_path)})

@@ -12,16 +12,16 @@ import numpy as np
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxllm.data.tokenizer_files import CONFIG_FILE, GENERATION_FILE, JSON_FILE, MODEL_FILE, TOKEN_IDS
 from jaxllm.errors import UserError
-from jaxllm.generate.run import at_rest
+from jaxllm.generate.run import restore_for_use
 from jaxllm.interop.hf.config import ReadConfig, read_json, write_model
 from jaxllm.interop.hf.files import DTYPES, NewTensor, write_tensors
-from jaxllm.interop.hf.load import TOKENIZER_FILES, open_weights, write_json
+from jaxllm.interop.hf.load import SOURCE_FILE, TOKENIZER_FILES, open_weights, write_json
 from jaxllm.interop.hf.tensors import FileTensor, file_tensors, pieces_of
 from jaxllm.interop.hf.whole import whole_or_nothing
+from jaxllm.interop.merge import merged_params
 from jaxllm.layout.layout import as_dtype, make_layout
 from jaxllm.layout.scope import path_name
 from jaxllm.model.spec import ModelSpec, model_spec
-from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.checks import check_for_use
 from jaxllm.train.config import Config
 from jaxllm.train.initial import ORIGIN
@@ -35,6 +35,8 @@ class Origin(NamedTuple):
     keys: dict[str, Any] | None  # of its config.json
     dtype: str  # of most tensors
     others: dict[str, str]  # name: dtype
+    folder: str = ""  # where it was
+    parameter_hash: str = ""  # of the parameters that came from there
 
     def dtype_of(self, name: str) -> str:
         """The dtype of a tensor."""
@@ -46,6 +48,8 @@ def export_run(
 ) -> None:
     """Writes the model of WORKDIR's newest checkpoint as a Hugging Face directory, and verifies what was written.
 
+    An adapter is merged with its base.
+
     Args:
       config: the run's, with the layout to read it in.
       dtype: of all tensors; default: what they had where they came from, float32 where they were trained here.
@@ -55,7 +59,7 @@ def export_run(
       UserError: no checkpoint, a model that no family describes, or a value that does not fit into the dtype.
     """
     check_for_use(config, jax.device_count())
-    origin = _origin(workdir)
+    origin = read_origin(workdir)
     if dtype:
         origin = origin._replace(dtype=dtype, others={})
     spec = _spec(config, workdir)
@@ -75,12 +79,14 @@ def export_run(
     say(f"{folder}: {family.architecture}, {spec.num_parameters:,} parameters as {origin.dtype}, read back and equal")
 
 
-def _origin(workdir: Path) -> Origin:
+def read_origin(workdir: Path) -> Origin:
+    """What is known of the directory that the model in `workdir`, or its first ancestor, came from."""
     folder = workdir / ORIGIN
     if not (folder / "config.json").is_file():
         return Origin(None, "float32", {})
     dtypes = read_json(folder / "dtypes.json")
-    return Origin(read_json(folder / "config.json"), dtypes["dtype"], dtypes["others"])
+    source = read_json(folder / SOURCE_FILE) if (folder / SOURCE_FILE).is_file() else {}
+    return Origin(read_json(folder / "config.json"), dtypes["dtype"], dtypes["others"], **source)
 
 
 def _spec(config: Config, workdir: Path) -> ModelSpec:
@@ -90,12 +96,11 @@ def _spec(config: Config, workdir: Path) -> ModelSpec:
 
 def _restore(config: Config, spec: ModelSpec, workdir: Path, say: Callable[[str], None]) -> dict[str, jax.Array]:
     """The float32 parameters by path, spread over the devices."""
-    layout = make_layout(config.mesh, config.layout)
-    with Checkpoints(workdir / "checkpoints", say=say) as checkpoints:
-        restored = checkpoints.restore_params(at_rest(spec, layout))
-    if restored is None:
-        raise UserError(f"--from {workdir} has no checkpoint yet.")
-    leaves, _ = jax.tree_util.tree_flatten_with_path(restored[1])
+    if config.adapter.kind != "none":
+        params = merged_params(workdir, config, say)
+    else:
+        _, params = restore_for_use(workdir, config, spec, make_layout(config.mesh, config.layout), say)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     return {path_name(path): leaf for path, leaf in leaves}
 
 

@@ -45,6 +45,17 @@ def _experts(block: str, names: dict[str, str]) -> tuple[Row, ...]:
     )
 
 
+def _held_experts(block: str) -> tuple[Row, ...]:
+    """As transformers 5 holds the same matrices: those of all experts in one parameter, gate and up side by side."""
+    fused, pattern = f"{block}.experts.gate_up_proj", "experts (part mlp) embed"
+    return (
+        Row("layers.mlp.router.kernel", f"{block}.gate.weight", "experts embed"),
+        Row("layers.mlp.gate.kernel", fused, pattern, part=0, parts=2),
+        Row("layers.mlp.up.kernel", fused, pattern, part=1, parts=2),
+        Row("layers.mlp.down.kernel", f"{block}.experts.down_proj", "experts embed mlp"),
+    )
+
+
 _LLAMA_BLOCK = "model.layers.{layer}"
 _LLAMA_AROUND_MLP = (
     Row("embedding.table", "model.embed_tokens.weight", "vocab embed"),
@@ -197,6 +208,7 @@ MIXTRAL = Family(
     codecs=(activation("hidden_act"), rope(1e6), BALANCE_LOSS),
     other_names={"num_experts": "num_local_experts"},
     buffers=_LLAMA_BUFFERS,
+    held=_held_experts(f"{_LLAMA_BLOCK}.mlp"),
 )
 QWEN3_MOE = Family(
     architecture="Qwen3MoeForCausalLM",
@@ -216,6 +228,7 @@ QWEN3_MOE = Family(
     codecs=(activation("hidden_act"), rope(), WINDOW_SWITCH, BALANCE_LOSS),
     other_names={"num_local_experts": "num_experts"},
     buffers=_LLAMA_BUFFERS,
+    held=_held_experts(f"{_LLAMA_BLOCK}.mlp"),
 )
 GPT2 = Family(
     architecture="GPT2LMHeadModel",

@@ -51,6 +51,7 @@ class Family:
     left_out: str = r"$^"  # parameters of other heads, a pattern
     head: str = "lm_head.weight"  # the name of the head; where it is tied, of a copy that some files have
     head_bias: str = ""  # likewise, of its bias
+    held: tuple[Row, ...] = ()  # matrices that transformers holds otherwise than the files: PEFT's names are of these
     also: tuple[str, ...] = ()  # other architectures with the same tensors
 
     def read(self, keys: Keys) -> ModelConfig:

@@ -42,8 +42,13 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
     Raises:
       UserError: no safetensors files, a file that is missing or truncated, or one tensor in two files.
     """
+    return tensors_of(_files(folder))
+
+
+def tensors_of(files: Iterable[Path]) -> dict[str, Stored]:
+    """Every tensor of these files, from their headers. Raises as `find_tensors`."""
     tensors: dict[str, Stored] = {}
-    for file in _files(folder):
+    for file in files:
         try:
             with safe_open(file, framework="np") as opened:
                 for name in opened.keys():  # noqa: SIM118  it is no dict
@@ -71,13 +76,18 @@ def _files(folder: Path) -> list[Path]:
                 tensor = next(tensor for tensor, file in names.items() if file == name)
                 raise UserError(f"{folder / INDEX} puts {tensor} into {name}, but there is no such file. Fetch it.")
         return [folder / name for name in files]
+    refuse_pickles(folder)
+    raise UserError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX} is there.")
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Says of a directory without safetensors that its weights are in a pickle, where they are."""
     pickles = sorted({path.name for pattern in PICKLES for path in folder.glob(pattern)})
     if pickles:
         raise UserError(
             f"{folder / pickles[0]} is not opened: a pickle can run code, so weights are read from safetensors only.\n"
-            "Convert it with transformers, where you trust it: model.save_pretrained(DIR, safe_serialization=True)."
+            "Convert it in Python, where you trust it: model.save_pretrained(DIR, safe_serialization=True)."
         )
-    raise UserError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX} is there.")
 
 
 class NewTensor(NamedTuple):
@@ -96,12 +106,12 @@ def write_tensors(folder: Path, tensors: Mapping[str, NewTensor], max_shard_size
     """Writes model.safetensors or, above `max_shard_size` bytes, shards with an index. One tensor at a time is made."""
     shards = _shards(tensors, max_shard_size)
     if len(shards) == 1:
-        _write_file(folder / WEIGHTS, shards[0], tensors)
+        write_file(folder / WEIGHTS, shards[0], tensors)
         return
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / file, names, tensors)
+        write_file(folder / file, names, tensors)
         weight_map |= dict.fromkeys(names, file)
     metadata = {
         "total_size": sum(tensor.size for tensor in tensors.values()),
@@ -124,8 +134,10 @@ def _shards(tensors: Mapping[str, NewTensor], max_shard_size: int) -> list[list[
     return shards
 
 
-def _write_file(file: Path, names: Iterable[str], tensors: Mapping[str, NewTensor]) -> None:
-    """The format: 8 bytes, the length of a JSON header padded to 8, the header, the data end to end.
+def write_file(file: Path, names: Iterable[str], tensors: Mapping[str, NewTensor]) -> None:
+    """Writes some of the tensors to one file.
+
+    The format: 8 bytes, the length of a JSON header padded to 8, the header, the data end to end.
 
     Wider types first, then by name: in the order of the format's own writer.
     """

@@ -30,6 +30,7 @@ from jaxllm.train.config import Config, config_dict
 from jaxllm.train.initial import ORIGIN
 
 TOKENIZER_FILES = tuple(name for name in (*FILES, *CARRIED) if name != GENERATION_FILE)
+SOURCE_FILE = "source.json"  # in ORIGIN: the folder that was read, and the hash of the parameters that it gave
 COMPARED_AT_ONCE = 1 << 24  # elements
 BYTES_IN_FLIGHT = 1 << 28  # of a save, at least: enough to keep a disk busy
 
@@ -69,11 +70,10 @@ def import_directory(folder: Path, workdir: Path, config: Config, say: Callable[
                 "you use the model."
             )
         params = load_params(directory, layout)
-        in_flight = max(BYTES_IN_FLIGHT, 2 * largest_part(params))
-        with Checkpoints(partial / "checkpoints", say=say, bytes_in_flight=in_flight) as checkpoints:
-            checkpoints.save_params(params, config_dict(config))
+        with Checkpoints(partial / "checkpoints", say=say, bytes_in_flight=in_flight(params)) as checkpoints:
+            parameter_hash = checkpoints.save_params(params, config_dict(config))
         write_json(partial / "config.json", config_dict(config))
-        _keep_origin(folder, partial / ORIGIN, directory)
+        _keep_origin(folder, partial / ORIGIN, directory, parameter_hash)
     spec = directory.spec
     say(f"{workdir}: {directory.config.family.architecture}, {spec.num_parameters:,} parameters as float32")
 
@@ -177,9 +177,10 @@ def load_params(directory: Directory, layout: Layout) -> dict[str, Any]:
     return jax.tree_util.tree_map_with_path(load, at_rest(directory.spec, layout))
 
 
-def largest_part(params: dict[str, Any]) -> int:
-    """Bytes of the largest part that a device has of a parameter."""
-    return max(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params))
+def in_flight(params: dict[str, Any]) -> int:
+    """Bytes to write at once: more than the largest part that a device has of a parameter."""
+    parts = [math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params)]
+    return max(BYTES_IN_FLIGHT, 2 * max(parts))
 
 
 def _assemble(leaf: jax.ShapeDtypeStruct, read: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
@@ -219,8 +220,8 @@ def _copy_tokenizer(folder: Path, to: Path, keys: Mapping[str, Any]) -> bool:
     return True
 
 
-def _keep_origin(folder: Path, to: Path, directory: Directory) -> None:
-    """What an export gives back: keys of config.json that mean nothing here, and the dtypes."""
+def _keep_origin(folder: Path, to: Path, directory: Directory, parameter_hash: str) -> None:
+    """What an export gives back: keys of config.json that mean nothing here, the dtypes, and where it all was."""
     to.mkdir()
     for name in ("config.json", GENERATION_FILE):
         if (folder / name).is_file():
@@ -229,6 +230,7 @@ def _keep_origin(folder: Path, to: Path, directory: Directory) -> None:
     common = Counter(dtypes.values()).most_common(1)[0][0]
     others = {name: dtype for name, dtype in dtypes.items() if dtype != common}
     write_json(to / "dtypes.json", {"dtype": common, "others": others})
+    write_json(to / SOURCE_FILE, {"folder": str(folder.absolute()), "parameter_hash": parameter_hash})
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -162,8 +162,11 @@ def test_a_failure_while_writing_leaves_nothing(folder, capsys, monkeypatch):
 
 FLAGS = {
     "nothing": ([], "say what to convert"),
-    "two runs": (["--from=a", "--to=b"], "one of the two is a Hugging Face directory"),
-    "two directories": (["--from=hf:a", "--to=hf:b"], "one of the two is a Hugging Face directory"),
+    "two runs": (["--from=no/such", "--to=b"], "no such folder"),
+    "two directories": (["--from=hf:a", "--to=hf:b"], "one of the two is a WORKDIR"),
+    "a directory and an adapter": (["--from=hf:a", "--to=peft:b"], "the way is through one"),
+    "a base for a model": (["--from=hf:a", "--to=b", "--base=c"], "--base c is for --from peft:DIR"),
+    "an adapter without a base": (["--from=peft:a", "--to=b"], "say which model it is for, --base WORKDIR"),
     "not there": (["--from=hf:no/such", "--to=b"], "no such folder. It is a local one; nothing is downloaded"),
     "a dtype for a run": (["--from=hf:a", "--to=b", "--dtype=bfloat16"], "--dtype bfloat16 is for --to hf:DIR"),
     "unknown dtype": (["--from=a", "--to=hf:b", "--dtype=int8"], "--dtype"),

@@ -1,0 +1,69 @@
+"""`config.adapter.init_from`: a fresh run that goes on with the adapter of another one, or with an imported one."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxllm.errors import UserError
+from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.config import Config, read_config
+from jaxllm.train.initial import Base, newest_identity
+from jaxllm.train.state import Params, TrainState
+
+# Fields of config.adapter that make no other parameters of one that is there already.
+FREE = ("init_from", "base_weights", "dropout", "prompt_init", "prompt_text")
+
+
+def check_initial_adapter(config: Config) -> None:
+    """Holds the adapter against the one that `config.adapter.init_from` names, before anything is compiled.
+
+    Raises:
+      UserError: no run there, no adapter, another one (by field), or one for other parameters than the base's.
+    """
+    source = Path(config.adapter.init_from)
+    with Checkpoints(source / "checkpoints") as checkpoints:
+        stored = checkpoints.newest_run()
+    if stored is None:
+        raise UserError(f"config.adapter.init_from={source}: there is no checkpoint in it.")
+    theirs = read_config(stored["config"]).adapter
+    if theirs.kind == "none":
+        raise UserError(
+            f"config.adapter.init_from={source} is a whole model, not an adapter. As a base: "
+            f"--config.train.init_from={source}."
+        )
+    there, here = dataclasses.asdict(theirs), dataclasses.asdict(config.adapter)
+    names = [name for name in there if name not in FREE and there[name] != here[name]]
+    if names:
+        lines = [f"config.adapter.{name}: {there[name]!r} there, {here[name]!r} here" for name in names]
+        raise UserError(
+            f"config.adapter.init_from={source} is another adapter. --config.adapter={source} takes it as it is:\n  "
+            + "\n  ".join(lines)
+        )
+    _check_base(stored, config, newest_identity(Path(config.train.init_from))["parameter_hash"])
+
+
+def restore_initial_adapter(config: Config, base: Base, abstract: TrainState, say: Callable[[str], None]) -> Params:
+    """The parameters of the adapter that `config.adapter.init_from` names, placed as `abstract` says.
+
+    Raises:
+      UserError: an adapter for other parameters than those of `base`.
+    """
+    source = config.adapter.init_from
+    with Checkpoints(Path(source) / "checkpoints", say=say) as checkpoints:
+        restored = checkpoints.restore_params(abstract.own)
+    assert restored is not None, "check_initial_adapter found a checkpoint"
+    step, params, run = restored
+    _check_base(run, config, base.parameter_hash)
+    say(f"adapter of {source}, step {step}, parameter hash {run['parameter_hash']}; a fresh optimizer")
+    return params
+
+
+def _check_base(run: Mapping[str, Any], config: Config, parameter_hash: str) -> None:
+    wanted = run["base"]["parameter_hash"]
+    if wanted != parameter_hash:
+        raise UserError(
+            f"config.adapter.init_from={config.adapter.init_from} is an adapter for the parameters with hash {wanted}, "
+            f"and those of config.train.init_from={config.train.init_from} have {parameter_hash}. An adapter fits no "
+            f"other model: --config.train.init_from={run['config']['train']['init_from']}."
+        )
