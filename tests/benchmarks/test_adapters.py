@@ -28,7 +28,7 @@ def output_of(module: str, *arguments: str) -> str:
 def test_adapters_bring_out_what_a_base_can_do(tmp_path):
     """Exact answers to held-out questions whose tag is left out; a prefix teaches nothing that the base cannot do."""
     made = output_of(
-        "tags", "--letters=4", "--base_steps=200", "--only=LoRA,prefix", "--fewer=2", f"--workdir={tmp_path}"
+        "tags", "--letters=5", "--base_steps=200", "--only=LoRA,prefix", "--fewer=2", f"--workdir={tmp_path}"
     )
     found = re.findall(r"^(.*) on base_(\w+): ([\d.]+) before, ([\d.]+) after", made, re.MULTILINE)
     right = {(name, base): float(after) for name, base, _, after in found}
