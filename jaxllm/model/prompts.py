@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxllm.layout.layout import constrain
 from jaxllm.layout.scope import tensor_scope
 from jaxllm.layout.weights import small_weight, weight_einsums
 from jaxllm.model.adapter_config import AdapterConfig
@@ -74,7 +75,7 @@ class Projection(nnx.Module):
         outputs = "nh"[: len(self.kernel.shape) - 1]
         equation = f"btd,d{outputs}->bt{outputs}"
         (y,) = weight_einsums([equation], x[None], [self.kernel[...]], [self.kernel.axes], [name_of(self.kernel)])
-        return y[0] + _whole(self.bias)
+        return constrain(y[0] + _whole(self.bias), "virtual", *self.kernel.axes[1:])
 
 
 class MLP(nnx.Module):
@@ -107,6 +108,7 @@ class LSTMDirection(nnx.Module):
     def __call__(self, x: Float[Array, "rows inputs"], *, backward: bool) -> Float[Array, "rows hidden"]:
         recurrent, bias = _whole(self.recurrent_kernel), _whole(self.input_bias) + _whole(self.recurrent_bias)
         gates = jnp.einsum("ti,igh->tgh", x, _whole(self.input_kernel)) + bias
+        gates = constrain(gates, "virtual", None, "encoder")
 
         def step(carry: tuple[Array, Array], gate: Float[Array, "gates hidden"]) -> tuple[tuple[Array, Array], Array]:
             h, cell = carry
@@ -116,7 +118,7 @@ class LSTMDirection(nnx.Module):
             return (h, cell), h
 
         zeros = jnp.zeros(recurrent.shape[0], jnp.float32)
-        return jax.lax.scan(step, (zeros, zeros), gates, reverse=backward)[1]
+        return constrain(jax.lax.scan(step, (zeros, zeros), gates, reverse=backward)[1], "virtual", "encoder")
 
 
 class LSTM(nnx.Module):
