@@ -36,15 +36,15 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "LoRA of query and value": Method("lora", {"rank": 4, "alpha": 8.0, "targets": "query,value"}, 1e-2, 100),
-    "prefix": Method("prompt", {"kind": "prefix"}, 3e-2, 150),
+    "LoRA of query and value": Method("lora", {"rank": 4, "alpha": 8.0, "targets": "query,value"}, 1e-2, 150),
+    "prefix": Method("prompt", {"kind": "prefix"}, 3e-2, 200),
     "projected prefix": Method("prompt", {"kind": "prefix", "prefix_projection": True}, 3e-3, 150),
     "prompt": Method("prompt", {"kind": "prompt"}, 5e-2, 300),
     "P-tuning, MLP": Method("prompt", {"kind": "p_tuning", "encoder": "mlp"}, 2e-3, 400),
-    "P-tuning, LSTM": Method("prompt", {"kind": "p_tuning", "encoder": "lstm"}, 3e-3, 400),
+    "P-tuning, LSTM": Method("prompt", {"kind": "p_tuning", "encoder": "lstm"}, 1e-2, 400),
 }
 CONTROL = {
-    "LoRA of all layers": Method("lora", {"rank": 8, "alpha": 16.0}, 1e-2, 400),
+    "LoRA of all layers": Method("lora", {"rank": 8, "alpha": 16.0}, 1e-2, 600),
     "prefix": METHODS["prefix"]._replace(steps=600),
 }
 
