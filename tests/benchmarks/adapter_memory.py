@@ -10,7 +10,7 @@ float32 are without. XLA's GPU compiler may arrange a step otherwise; what is at
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import sys
 from typing import NamedTuple

@@ -9,8 +9,8 @@ XLA's GPU compiler may arrange a step otherwise; the state at rest is the same.
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # a test has its own
 
 import dataclasses
 import sys
