@@ -13,8 +13,11 @@ Group = TypeVar("Group")
 
 
 def defaults(group: type) -> dict[str, Any]:
-    """The fields of a config dataclass with their default values, ready for an `ml_collections.ConfigDict`."""
-    return {f.name: getattr(group(), f.name) for f in dataclasses.fields(group)}
+    """The fields of a config dataclass with their default values, ready for an `ml_collections.ConfigDict`.
+
+    A group within the group is a dictionary of its own.
+    """
+    return dataclasses.asdict(group())
 
 
 def read_group(group: type[Group], values: Mapping[str, Any], name: str) -> Group:
@@ -23,14 +26,19 @@ def read_group(group: type[Group], values: Mapping[str, Any], name: str) -> Grou
     Raises:
       UserError: an unknown field, or a value whose type is not that of the default.
     """
-    known = defaults(group)
+    known, read = defaults(group), {}
     for field, value in values.items():
         if field not in known:
             raise UserError(f"config.{name}.{field} is not a field. {did_you_mean(field, known)}")
+        within = getattr(group(), field)
+        if dataclasses.is_dataclass(within) and hasattr(value, "items"):  # of a ConfigDict too
+            read[field] = read_group(type(within), value, f"{name}.{field}")
+            continue
         if not _fits(value, known[field]):
             expected = type(known[field]).__name__
             raise UserError(f"config.{name}.{field}={value!r} is a {type(value).__name__}, but must be a {expected}.")
-    return group(**{field: _like(value, known[field]) for field, value in values.items()})
+        read[field] = _like(value, known[field])
+    return group(**read)
 
 
 def _fits(value: Any, default: Any) -> bool:

@@ -13,8 +13,8 @@ EXAMPLES = """\
   jaxllm train --config configs/gpt2_small.py --workdir runs/gpt2 --config.data.path='corpus/*.jsonl.zst'
   jaxllm train --config configs/llama3_8b.py --workdir runs/8b --config.mesh.data=8 --config.mesh.model=4
 
-Any field of the config can be set: --config.GROUP.FIELD=VALUE. The groups are model, mesh, layout, precision,
-data, optimizer and train; --config.model=NAME lays a preset (gpt2, llama3_8b, …). Run the same command again and the
+Any field of the config can be set: --config.GROUP.FIELD=VALUE. The groups are model, adapter, mesh, layout, precision,
+data, optimizer and train, and for alignment reward, dpo, rollout, ppo and grpo; --config.model=NAME lays a preset (gpt2, llama3_8b, …). Run the same command again and the
 run goes on from its last checkpoint."""
 
 
@@ -38,9 +38,13 @@ def main(argv: list[str]) -> int:
     from jaxllm.train.checks import check
 
     check(config, jax.device_count())
+    from jaxllm.rollout.source import RolloutSource
+    from jaxllm.steps import STEPS
     from jaxllm.train import loop
+    from jaxllm.train.source import DatasetSource
 
-    return loop.train(config, workdir)
+    open_source = RolloutSource if STEPS[config.train_step].draws else DatasetSource
+    return loop.train(config, workdir, open_source=open_source)
 
 
 def _check_workdir(workdir: Path) -> None:

@@ -65,3 +65,19 @@ EXAMPLES = BatchKind(packed_row, examples=True)
 def row_random(seed: int, number: int) -> np.random.RandomState:
     """The random numbers of row `number`; RandomState, because NumPy has promised never to change what it draws."""
     return np.random.RandomState(np.random.Philox(key=np.array([seed, number], np.uint64)))
+
+
+class PairBatch(NamedTuple):
+    tokens: Any
+    positions: Any
+    segment_ids: Any
+    loss_mask: Any
+    margins: Any
+    pair_ids: Any
+
+
+MAX_PAIRS = 8
+PAIRS = BatchKind(
+    lambda row, *_: PairBatch(*row, np.zeros(row.tokens.shape, np.float32), np.zeros(row.tokens.shape, np.int32)),
+    examples=True,
+)

@@ -16,7 +16,7 @@ def is_named(value: str) -> bool:
     return ".py:" in value
 
 
-def call_named(field: str, reference: str, *arguments: Any) -> Any:
+def call_named(field: str, reference: str, *arguments: Any, **named: Any) -> Any:
     """What the function FILE.py:NAME returns for `arguments`.
 
     Args:
@@ -27,7 +27,7 @@ def call_named(field: str, reference: str, *arguments: Any) -> Any:
     """
     function = load_named(field, reference)
     try:
-        return function(*arguments)
+        return function(*arguments, **named)
     except UserError:
         raise
     except (Exception, SystemExit) as error:

@@ -33,7 +33,7 @@ from jaxllm.layout.stages import Stages, collect, deal, make_stages
 from jaxllm.layout.vocabulary import weight_dtype
 
 Tree = Any
-LossFunction = Callable[[Tree, Tree], tuple[Array, Array, Any]]  # (weights, microbatch) -> model/head.py: Loss
+LossFunction = Callable[[Tree, Tree], Any]  # (weights, microbatch) -> model/head.py: Loss
 
 
 class PipelineSums(NamedTuple):
@@ -44,6 +44,8 @@ class PipelineSums(NamedTuple):
     gradients: Tree  # None for a schedule of forwards alone
     executed: Int[Array, "stage action"]  # how often each stage really did each action
     statistics: Tree  # of the layers, [layers, …]; None where they have none
+    metrics: Tree  # of the loss; None where it has none
+    rows: Tree  # what the loss says of each row, [batch, …], where that was asked for
 
 
 def run_pipeline(
@@ -59,6 +61,7 @@ def run_pipeline(
     scale: Float[Array, ""] | float = 1.0,
     schedule: str | None = None,
     frozen: Frozen = NOTHING,
+    keeps_rows: bool = False,
 ) -> PipelineSums:
     """Sums loss and gradients over microbatches by a schedule.
 
@@ -72,6 +75,7 @@ def run_pipeline(
       scale: multiplies the loss that is differentiated.
       schedule: default the layout's.
       frozen: further weights, as they are held, that have no gradients.
+      keeps_rows: return `Loss.rows` of all microbatches; for a schedule of forwards alone.
     """
     paths, tree = jax.tree_util.tree_flatten_with_path(joined(params, frozen.weights))
     names, leaves = [path_name(path) for path, _ in paths], [leaf for _, leaf in paths]
@@ -109,6 +113,7 @@ def run_pipeline(
         is_trained=is_trained,
         shares_ends=bool(frozen.weights),
         accumulate=accumulate,
+        keeps_rows=keeps_rows,
     )
     microbatches = jax.tree.map(lambda x: _split(x, num_microbatches), batch)
     over_stages = [P("pipeline") if layered else P() for layered in in_layers]
@@ -118,16 +123,26 @@ def run_pipeline(
         executor.run,
         mesh=layout.mesh,
         in_specs=(over_stages, P(once or None), P()),
-        out_specs=(P(), P(), of_trained(over_stages) if has_gradients else None, P("pipeline"), P("pipeline")),
+        out_specs=PipelineSums(
+            total=P(),
+            weight=P(),
+            gradients=of_trained(over_stages) if has_gradients else None,
+            executed=P("pipeline"),
+            statistics=P("pipeline"),
+            metrics=P(),
+            rows=P(once or None),
+        ),
         axis_names={"pipeline", *once},
         check_vma=False,
     )
-    total, weight, gradients, executed, statistics = run(entered, microbatches, jnp.asarray(scale, jnp.float32))
+    sums = run(entered, microbatches, jnp.asarray(scale, jnp.float32))
+    gradients = sums.gradients
     if has_gradients:
         placed = zip(of_trained(names), gradients, of_trained(leaf_axes), of_trained(in_layers), strict=True)
         gradients = jax.tree.unflatten(jax.tree.structure(params), [leave(*leaf) for leaf in placed])
-    statistics = jax.tree.map(lambda a: collect(layout, stages, a, ("layers", *[None] * (a.ndim - 3))), statistics)
-    return PipelineSums(total, weight, gradients, executed, statistics)
+    statistics = jax.tree.map(lambda a: collect(layout, stages, a, ("layers", *[None] * (a.ndim - 3))), sums.statistics)
+    rows = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), sums.rows)
+    return sums._replace(gradients=gradients, statistics=statistics, rows=rows)
 
 
 def _split(x: Array, num_microbatches: int) -> Array:
@@ -153,6 +168,7 @@ class Executor:
     is_trained: list[bool]
     shares_ends: bool  # layers may close over trained weights that belong to no layer
     accumulate: jnp.dtype
+    keeps_rows: bool
 
     @property
     def once(self) -> tuple[str, ...]:
@@ -163,7 +179,7 @@ class Executor:
     def has_gradients(self) -> bool:
         return bool((self.table.action > Action.FORWARD).any())
 
-    def run(self, weights: list[Array], microbatches: Tree, scale: Array):
+    def run(self, weights: list[Array], microbatches: Tree, scale: Array) -> PipelineSums:
         """One device's part of the region."""
         with use_layout(self.layout):
             weights = [w[0] if layered else w for w, layered in zip(weights, self.in_layers, strict=True)]
@@ -180,7 +196,8 @@ class Executor:
             end, _ = jax.lax.scan(tick, start, [jnp.asarray(column, jnp.int32) for column in columns])
             everywhere = ("pipeline", *self.once)
             with tensor_scope("loss", ("batch", "length", "layers")):
-                total, weight = jax.lax.psum((end.total, end.weight), everywhere)
+                total, weight, metrics = jax.lax.psum((end.total, end.weight, end.metrics), everywhere)
+                rows = jax.lax.psum(end.rows, "pipeline")
             gradients = end.weight_gradients
             if gradients is not None:
 
@@ -189,7 +206,7 @@ class Executor:
 
                 gradients = self.each_trained(summed, gradients)
             statistics = jax.tree.map(lambda a: zero.sum_once(a[None], self.once), end.statistics)
-            return total, weight, gradients, end.executed[None], statistics
+            return PipelineSums(total, weight, gradients, end.executed[None], statistics, metrics, rows)
 
     def of_trained(self, values: list) -> list:
         """Those of the trained weights, in their order."""
@@ -215,6 +232,10 @@ class Executor:
         )
         zeros = [jnp.zeros(w.shape, self.accumulate) for w in self.of_trained(weights)]
         accumulators = zeros if self.has_gradients else None
+        ending = jax.eval_shape(lambda x: self.after(chunk, first, x), x)
+        nothing = lambda shapes: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)  # noqa: E731
+        number = jax.tree.leaves(microbatches)[0].shape[1]
+        rows = jax.tree.map(lambda a: jnp.zeros((a.shape[0], number, *a.shape[1:]), a.dtype), ending.rows)
         start = Carry(
             inputs=jnp.zeros((max(num_inputs, 1), *x.shape), x.dtype),
             gradients=jnp.zeros((max(num_gradients, 1), *x.shape), x.dtype),
@@ -225,6 +246,8 @@ class Executor:
             weight=jnp.zeros((), jnp.float32),
             executed=jnp.zeros(len(Action), jnp.int32),
             statistics=statistics,
+            metrics=nothing(ending.metrics),
+            rows=rows if self.keeps_rows else None,
         )
         return self.place(start)
 
@@ -279,10 +302,10 @@ class Executor:
 
         return self._until_layers(weights, microbatch, run)
 
-    def after(self, weights: list[Array], microbatch: Tree, x: Array) -> tuple[Array, Array]:
-        """The loss, from what leaves the last layer, and its weight. What layers add to it is not in it."""
+    def after(self, weights: list[Array], microbatch: Tree, x: Array) -> Any:
+        """The `Loss`, from what leaves the last layer. What layers add to it is not in it."""
         with cut_at_layers(lambda layer, _, per_layer: (x, None)):
-            return self.loss(self.tree.unflatten(weights), microbatch)[:2]
+            return self.loss(self.tree.unflatten(weights), microbatch)
 
     def _until_layers(self, weights: list[Array], microbatch: Tree, at_layers: Callable) -> Any:
         def leave(*stack):

@@ -33,6 +33,8 @@ class Carry(NamedTuple):
     weight: Float[Array, ""]
     executed: Int[Array, "action"]
     statistics: Tree  # sums of this device's layers, [virtual stage, place, …]
+    metrics: Tree  # sums of the loss function
+    rows: Tree  # what it says of each row, [rows, microbatch, …]; None where nobody asks
 
 
 class Task(NamedTuple):
@@ -126,9 +128,14 @@ class Here:
         chunk, microbatch, x = self._setting(carry)
         y, sums = self.executor.through(chunk, microbatch, x, self._numbers())
         carry = self._count(carry, sums)
-        none = (jnp.zeros((), jnp.float32),) * 2
-        total, weight = jax.lax.cond(self._is_last, lambda: self.executor.after(chunk, microbatch, y), lambda: none)
-        return carry._replace(activation=y, total=carry.total + total, weight=carry.weight + weight)
+
+        def ending(carry: Carry) -> Carry:
+            result = self.executor.after(chunk, microbatch, y)
+            keep = lambda kept, new: jax.lax.dynamic_update_index_in_dim(kept, new, self.task.microbatch, 1)  # noqa: E731
+            rows = carry.rows if carry.rows is None else jax.tree.map(keep, carry.rows, result.rows)
+            return self._sum_loss(carry, result)._replace(rows=rows)
+
+        return jax.lax.cond(self._is_last, ending, lambda carry: carry, carry)._replace(activation=y)
 
     def backward(self, carry: Carry) -> Carry:
         """Both gradients: of the input, to be sent, and of the weights."""
@@ -165,6 +172,11 @@ class Here:
         statistics = jax.tree.map(add, carry.statistics, sums.statistics)
         return carry._replace(total=carry.total + sums.loss.sum(), statistics=statistics)
 
+    def _sum_loss(self, carry: Carry, result: Any) -> Carry:
+        """Adds what the loss function says of a microbatch."""
+        metrics = jax.tree.map(jnp.add, carry.metrics, result.metrics)
+        return carry._replace(total=carry.total + result.total, weight=carry.weight + result.weight, metrics=metrics)
+
     def _sums_gradient(self, sums: LayerSums | None) -> LayerSums | None:
         """That of the scaled loss with respect to what the layers sum."""
         if sums is None:
@@ -177,12 +189,12 @@ class Here:
 
         def of_loss(carry: Carry):
             def total(ends, y):
-                return self.executor.after(self._with(chunk, ends, layers=False), microbatch, y)
+                result = self.executor.after(self._with(chunk, ends, layers=False), microbatch, y)
+                return result.total, result
 
-            total, pull, weight = jax.vjp(total, self._layers(chunk, layers=False), y, has_aux=True)
+            total, pull, result = jax.vjp(total, self._layers(chunk, layers=False), y, has_aux=True)
             d_ends, dy = pull(self.scale.astype(total.dtype))
-            carry = carry._replace(total=carry.total + total, weight=carry.weight + weight)
-            return constrain(dy, *RESIDUAL), self._add(carry, d_ends, layers=False)
+            return constrain(dy, *RESIDUAL), self._add(self._sum_loss(carry, result), d_ends, layers=False)
 
         def arrived(carry: Carry):
             dy = carry.gradients[jnp.maximum(self.task.gradient_slot, 0)]

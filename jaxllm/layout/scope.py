@@ -104,6 +104,17 @@ def joined(first: Any, second: Any) -> Any:
     return both
 
 
+def without(tree: Any, part: Any) -> Any:
+    """A nested dict without the leaves that `part` has, too."""
+    rest = {}
+    for key, value in tree.items():
+        if key not in part:
+            rest[key] = value
+        elif isinstance(value, dict) and (kept := without(value, part[key])):
+            rest[key] = kept
+    return rest
+
+
 def like(tree: Any, part: Any) -> Any:
     """What `tree`, a nested dict, has in the places of `part`."""
     return {key: like(tree[key], value) if isinstance(value, dict) else tree[key] for key, value in part.items()}

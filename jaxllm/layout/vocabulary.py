@@ -32,7 +32,7 @@ def weight_dtype(axes: Sequence[str | None], compute: jnp.dtype) -> jnp.dtype:
     return jnp.dtype("float32") if compute == jnp.float16 and "vocab" in axes else compute
 
 
-class _Place:
+class Place:
     """What one device needs to know: the mesh axes of the vocabulary and of the batch, and its rows of the table.
 
     Args:
@@ -130,7 +130,7 @@ def lookup(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
 def _lookup(layout, dtype, vocab_size, table_dtype, axes, table, tokens):
-    place = _Place(layout, vocab_size, axes)
+    place = Place(layout, vocab_size, axes)
 
     def local(table, tokens):
         row = tokens - place.first_row()
@@ -149,7 +149,7 @@ def _lookup_forward(layout, dtype, vocab_size, table_dtype, axes, table, tokens)
 
 
 def _lookup_backward(layout, dtype, vocab_size, table_dtype, axes, tokens, gradient):
-    place = _Place(layout, vocab_size, axes)
+    place = Place(layout, vocab_size, axes)
 
     def local(gradient, tokens):
         row = tokens - place.first_row()
@@ -213,7 +213,7 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def _run_loss(layout, vocab_size, z_loss, hidden, head, targets, weights, *, gradients: bool):
-    place, (table, bias) = _Place(layout, vocab_size), head
+    place, (table, bias) = Place(layout, vocab_size), head
 
     def local(hidden, head, targets, weights):
         return _local_loss(place, z_loss, hidden, head, targets, weights, gradients)
@@ -229,11 +229,11 @@ def _run_loss(layout, vocab_size, z_loss, hidden, head, targets, weights, *, gra
     return loss, d_hidden, d_head
 
 
-def _local_loss(place: _Place, z_loss: float, hidden, head, targets, weights, gradients: bool):
+def _local_loss(place: Place, z_loss: float, hidden, head, targets, weights, gradients: bool):
     """The loss of one device's tokens, with gradients for its tokens and for its rows of the head."""
     table, bias = head
     batch, length, embed = hidden.shape
-    chunk = _chunk_length(batch, length, table.shape[0])
+    chunk = chunk_length(batch, length, table.shape[0])
     rows = place.first_row() + jnp.arange(table.shape[0])
 
     def one_chunk(carry, inputs):
@@ -281,7 +281,7 @@ def _local_loss(place: _Place, z_loss: float, hidden, head, targets, weights, gr
     return loss, d_hidden, (place.reduce_table(d_table.T), None if bias is None else place.sum_tokens(d_bias))
 
 
-def _chunk_length(batch: int, length: int, vocab: int) -> int:
+def chunk_length(batch: int, length: int, vocab: int) -> int:
     """The longest divisor of `length` whose logits fit in LOGITS_BYTES."""
     limit = max(1, LOGITS_BYTES // (4 * batch * vocab))
     return max(chunk for chunk in range(1, length + 1) if length % chunk == 0 and chunk <= max(limit, 1))

@@ -34,6 +34,10 @@ class AdapterParam(nnx.Param):
     """A weight that is trained while those of the model are frozen."""
 
 
+class AddedParam(nnx.Param):
+    """A weight that a run trains beside the language model or its adapter: of a scalar head, of a critic."""
+
+
 class AdapterConstant(nnx.Param):
     """A weight that belongs to an adapter and is never trained."""
 

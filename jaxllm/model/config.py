@@ -49,6 +49,7 @@ class ModelConfig:
     tied_head: bool = True  # the head is the transposed embedding
     head_transform: bool = False  # a linear layer, the activation and a norm before the head (BERT)
     head_bias: bool = False  # a bias for each token of the vocabulary
+    scalar_head: bool = False  # besides, one number a token: a reward model's score, a critic's value
     dropout: float = 0.0  # on the embedding and on what each block adds to the residual
     attention_dropout: float = 0.0  # on the attention probabilities
     neftune_alpha: float = 0.0  # noise on the embeddings in training (model/dropout.py); 5 to 15 in the paper

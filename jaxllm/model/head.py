@@ -1,15 +1,16 @@
 """The language-model head: logits, and the loss that never makes them all."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxllm.layout import vocabulary
 from jaxllm.layout.layers import LayerSums
 from jaxllm.layout.layout import constrain, current_layout, reshard
+from jaxllm.layout.log_probs import TokenLogProbs, token_log_probs
 from jaxllm.layout.scope import tensor_scope
 from jaxllm.layout.sequence import to_device_order, to_text_order
 from jaxllm.layout.zero import gather_for_use
@@ -20,16 +21,27 @@ from jaxllm.model.names import name_of
 from jaxllm.model.norms import Norm
 
 
+class Mean(NamedTuple):
+    """A metric as a sum and what to divide it by, so that those of a batch's parts add up."""
+
+    total: Float[Array, ""]
+    count: Float[Array, ""]
+
+
 class Loss(NamedTuple):
     """A sum and what to divide it by. The shared machinery divides once, by the weight of the whole batch."""
 
     total: Float[Array, ""]
     weight: Float[Array, ""]
-    statistics: dict[str, Array] | None = None  # further sums, of which metrics are made
+    statistics: dict[str, Array] | None = None  # further sums, by layer, of which metrics are made
+    metrics: dict[str, Mean] | None = None  # what else is told of a step
+    rows: Any = None  # what is said of each row, [batch, …]; only of what is run forward (train/forward.py)
 
     def plus(self, sums: LayerSums | None) -> "Loss":
         """With what the layers add."""
-        return self if sums is None else Loss(self.total + sums.loss.sum(), self.weight, sums.statistics)
+        if sums is None:
+            return self
+        return self._replace(total=self.total + sums.loss.sum(), statistics=sums.statistics)
 
 
 class Table(nnx.Module):
@@ -108,3 +120,34 @@ class Head:
         with tensor_scope(name_of(self.table), self.table.axes):
             total = vocabulary.cross_entropy(hidden, self.table[...], *placed, self.z_loss, bias=bias)
         return Loss(total, weights.sum())
+
+    def log_probs(
+        self,
+        hidden: Float[Array, "batch length embed"],
+        targets: Int[Array, "batch length"],
+        *,
+        temperature: float = 1.0,
+        num_tokens: int | None = None,
+    ) -> TokenLogProbs:
+        """Of each target its log-probability where `hidden` predicts it, and the entropy there; all in device order.
+
+        `where_predicted` brings what is said of tokens to the places that predict them.
+        """
+        bias = None if self.bias is None else self.bias[...]
+        with tensor_scope(name_of(self.table), self.table.axes):
+            return token_log_probs(
+                hidden, self.table[...], targets, temperature=temperature, num_tokens=num_tokens, bias=bias
+            )
+
+
+def where_predicted(x: Shaped[Array, "batch length"]) -> Shaped[Array, "batch length"]:
+    """What is said of each token, in text order, at the place before it, in device order: where it is predicted.
+
+    Nothing is predicted in the last place: 0.
+    """
+    return to_device_order(jnp.roll(x, -1, axis=1).at[:, -1].set(jnp.zeros((), x.dtype)))
+
+
+def where_written(x: Shaped[Array, "batch length"]) -> Shaped[Array, "batch length"]:
+    """The other way round. Nothing predicts the first token: 0."""
+    return jnp.roll(to_text_order(x), 1, axis=1).at[:, 0].set(0)

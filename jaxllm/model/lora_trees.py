@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxllm.layout.scope import joined
+from jaxllm.layout.scope import joined, without
 from jaxllm.model.adapter_config import AdapterConfig
 from jaxllm.model.adapters import STACKED, Sides, added_kernel, gained, kernel_lengths, merged_kernel, split_sides
 from jaxllm.model.prompt_trees import started_prompt
@@ -18,7 +18,8 @@ Tree = dict[str, Any]
 
 
 def started(spec: ModelSpec, base: Tree, seed: int, prompt: Sequence[int] = ()) -> Tree:
-    """All parameters at the start of a run: the model's `base`, and an adapter's from the seed and from the model.
+    """All parameters at the start of a run: the model's `base`, and an adapter's from the seed and from the model; a
+    scalar head's from the seed, where the base has none.
 
     Traceable. DoRA's magnitudes are the lengths of the columns of the frozen matrices; PiSSA's matrices are their
     largest singular directions; a prompt may start as tokens of the vocabulary or of a text.
@@ -27,7 +28,7 @@ def started(spec: ModelSpec, base: Tree, seed: int, prompt: Sequence[int] = ()) 
       prompt: the tokens of `config.adapter.prompt_text`.
     """
     if not spec.is_adapted:
-        return base
+        return joined(base, without(spec.added(spec.init(seed)), base))
     params = joined(base, spec.own(spec.init(seed)))
     if spec.adapter.places:
         return started_prompt(spec, params, seed, prompt)

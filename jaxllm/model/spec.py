@@ -11,7 +11,7 @@ from flax import nnx
 from jaxllm.layout.nf4 import NF4
 from jaxllm.layout.scope import Tensor, joined, map_leaves, matching
 from jaxllm.model.adapter_config import NO_ADAPTER, AdapterConfig
-from jaxllm.model.adapters import AdapterConstant, AdapterParam
+from jaxllm.model.adapters import AdapterConstant, AdapterParam, AddedParam
 from jaxllm.model.attention_backends import KEY_AXES, QUERY_AXES
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.frozen import CODES, SCALES, freeze, held_axes
@@ -42,8 +42,8 @@ class _Fields(NamedTuple):
 class ModelSpec(_Fields):
     """What everything outside the model needs to know of it.
 
-    Where there is an adapter its parameters are trained and all others frozen, else all are trained. Trees of
-    parameters are nested dicts; `trained`, `base`, `constants` and `own` take their part of one.
+    Where there is an adapter its parameters are trained (and those of a scalar head) and all others frozen, else all
+    are trained. Trees of parameters are nested dicts; `trained`, `base`, `constants` and `own` take their part of one.
     """
 
     @cached_property
@@ -63,10 +63,14 @@ class ModelSpec(_Fields):
 
     def trained(self, tree: Tree) -> Tree:
         """What is trained: all, or the adapter without its constants."""
-        return self._of_kind(tree, AdapterParam) if self.is_adapted else tree
+        return self._of_kind(tree, AdapterParam, AddedParam) if self.is_adapted else tree
+
+    def added(self, tree: Tree) -> Tree:
+        """What is neither the language model's nor an adapter's: a scalar head."""
+        return self._of_kind(tree, AddedParam)
 
     def base(self, tree: Tree) -> Tree:
-        """The model without its adapter."""
+        """The language model, without an adapter and without a scalar head."""
         return self._of_kind(tree, nnx.Param)
 
     def constants(self, tree: Tree) -> Tree:
@@ -77,8 +81,8 @@ class ModelSpec(_Fields):
         """What a checkpoint holds: what is trained, and an adapter's constants."""
         return joined(self.trained(tree), self.constants(tree))
 
-    def _of_kind(self, tree: Tree, kind: type[nnx.Variable]) -> Tree:
-        return matching(tree, lambda path: self.kinds[path] is kind)
+    def _of_kind(self, tree: Tree, *kinds: type[nnx.Variable]) -> Tree:
+        return matching(tree, lambda path: self.kinds[path] in kinds)
 
     @cached_property
     def trained_axes(self) -> Tree:
@@ -137,8 +141,9 @@ class ModelSpec(_Fields):
 
 
 def _rngs(seed: int) -> nnx.Rngs:
-    """An adapter draws from a stream of its own, so that it changes nothing of what the model starts from."""
-    return nnx.Rngs(seed, adapter=jax.random.fold_in(jax.random.key(seed), 1))
+    """An adapter and a scalar head draw from streams of their own: they change nothing of what a model starts from."""
+    key = jax.random.key(seed)
+    return nnx.Rngs(seed, adapter=jax.random.fold_in(key, 1), score=jax.random.fold_in(key, 2))
 
 
 def _count(shapes: Tree) -> int:

@@ -25,6 +25,7 @@ from jaxllm.model.names import name_of, name_parameters
 from jaxllm.model.norms import Norm
 from jaxllm.model.prompts import Prefixed, prefixed, virtual_tokens
 from jaxllm.model.rope import Rotation, rotation
+from jaxllm.model.scalar_head import ScalarHead
 
 # Between blocks the sequence or the width may be split; inside them each device sees both whole (`length`, `embed`).
 RESIDUAL = RESIDUAL_AXES
@@ -126,6 +127,7 @@ class Transformer(nnx.Module):
         self.output = None if config.tied_head else Table(config, rngs=rngs)
         self.head_transform = HeadTransform(config, rngs=rngs) if config.head_transform else None
         self.head_bias = HeadBias(config) if config.head_bias else None
+        self.score = ScalarHead(config, rngs=rngs) if config.scalar_head else None
         name_parameters(self)
 
     @property

@@ -19,10 +19,11 @@ from jaxllm.data.batch import Batch, Vocabulary, row_random
 from jaxllm.errors import UserError
 from jaxllm.layout.compile_check import compile_checked
 from jaxllm.layout.layout import Layout, make_layout
-from jaxllm.model.spec import model_spec
 from jaxllm.steps import STEPS
 from jaxllm.train.config import Config
+from jaxllm.train.learner import spec_of
 from jaxllm.train.optimizer import make_optimizer, make_schedule
+from jaxllm.train.reference import reference_kind
 from jaxllm.train.state import init_state
 from jaxllm.train.train_step import make_train_step
 
@@ -49,10 +50,11 @@ def measure(config: Config, num_devices: int, steps: int = 3) -> Measurement:
     """Compiles the train step of `config` for the first `num_devices` devices; times `steps` steps after one more."""
     devices = jax.devices()[:num_devices]
     layout = make_layout(config.mesh, config.layout, reduce_dtype=config.precision.gradients, devices=devices)
-    spec = model_spec(config.model.resolved(), config.adapter)
+    spec = spec_of(config)
     optimizer = make_optimizer(config.optimizer, config.train.steps, spec.trained_axes)
     schedule = make_schedule(config.optimizer, config.train.steps)
-    state = init_state(spec, optimizer, layout, config.seed, config.precision.compute)
+    reference = reference_kind(STEPS[config.train_step], config)
+    state = init_state(spec, optimizer, layout, config.seed, config.precision.compute, reference)
     batch = synthetic_batch(config, layout)
     started = time.perf_counter()
     traced = make_train_step(STEPS[config.train_step], spec, optimizer, schedule, config, layout).trace(state, batch)

@@ -12,10 +12,12 @@ from jaxllm.data.tokenizer_training import parse_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.layout.layout import Layout, make_layout
 from jaxllm.layout.scope import Tensor
-from jaxllm.model.spec import ACTIVATIONS, ModelSpec, model_spec
+from jaxllm.model.spec import ACTIVATIONS, ModelSpec
 from jaxllm.steps import STEPS
 from jaxllm.train.config import Config
+from jaxllm.train.learner import spec_of
 from jaxllm.train.optimizer import make_optimizer, make_schedule
+from jaxllm.train.reference import reference_kind
 from jaxllm.train.state import TrainState, abstract_state
 from jaxllm.train.train_step import abstract_batch, make_train_step
 
@@ -72,11 +74,12 @@ def make_program(config: Config, devices: Sequence[jax.Device] | None = None) ->
       UserError: a model whose vocabulary is that of a tokenizer which is not there.
     """
     model = config.model.resolved(0 if config.model.vocab_size else _vocab_size(config))
-    spec = model_spec(model, config.adapter)
+    spec = spec_of(dataclasses.replace(config, model=model))
     layout = make_layout(
         config.mesh, config.layout, reduce_dtype=config.precision.gradients, devices=devices and list(devices)
     )
-    state = abstract_state(spec, _optimizer(config, spec), layout, config.precision.compute)
+    reference = reference_kind(STEPS[config.train_step], config)
+    state = abstract_state(spec, _optimizer(config, spec), layout, config.precision.compute, reference)
     return Program(dataclasses.replace(config, model=model), spec, layout, state, abstract_batch(config, layout))
 
 

@@ -1,6 +1,6 @@
 """Train steps: a step is a loss and what it trains, one file each."""
 
-from jaxllm.steps import lora, mlm, pretrain, prompt, sft
+from jaxllm.steps import dpo, grpo, lora, mlm, ppo, pretrain, prompt, reward, sft
 from jaxllm.steps.step import TrainStep
 
 STEPS: dict[str, TrainStep] = {
@@ -9,4 +9,8 @@ STEPS: dict[str, TrainStep] = {
     "sft": sft.step,
     "lora": lora.step,
     "prompt": prompt.step,
+    "reward": reward.step,
+    "dpo": dpo.step,
+    "ppo": ppo.step,
+    "grpo": grpo.step,
 }

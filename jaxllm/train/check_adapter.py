@@ -73,6 +73,13 @@ def _check_kind(config: Config) -> None:
     fitting = [name for name, other in STEPS.items() if kind in other.adapters]
     raise UserError(
         f"config.train_step={step} does not go with config.adapter.kind={kind}: it trains "
-        f"{'the whole model' if kinds == ('none',) else 'an adapter'}. "
+        f"{_trained(kinds)}. "
         f"Use --config.adapter.kind={' or '.join(kinds)}, or --config.train_step={' or '.join(fitting)}."
     )
+
+
+def _trained(kinds: tuple[str, ...]) -> str:
+    """What a step that trains these kinds trains."""
+    if kinds == ("none",):
+        return "the whole model"
+    return "the whole model or a LoRA" if "none" in kinds else "an adapter"

@@ -2,7 +2,8 @@
 
 A folder with a number for a name is a whole checkpoint; whatever was cut short has another name. It holds four items:
 `params` and `state` (the rest of the train state) as arrays, `data` (the state of the data iterator) and `run` (config,
-versions, metrics, hashes) as JSON. The arrays have one canonical form, so any layout restores what any other wrote.
+versions, metrics, hashes) as JSON; where the model itself writes what it learns from, that is in `batches`. The arrays
+have one canonical form, so any layout restores what any other wrote.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from jax.experimental import multihost_utils
 
 from jaxllm.errors import UserError
 from jaxllm.layout.scope import like
+from jaxllm.model.actor_critic import CRITIC, without_critic
 from jaxllm.train.checkpoint_errors import first_line, hush_orbax, tells_damage, write_failure
 from jaxllm.train.state import Params, TrainState
 from jaxllm.train.tree_hash import tree_hash
@@ -34,8 +36,9 @@ class Restored(NamedTuple):
     """What a checkpoint held."""
 
     step: int
-    state: TrainState  # without what it holds frozen
-    data: dict[str, Any]  # the data iterator's state
+    state: TrainState  # without what it holds frozen, and without its reference
+    data: dict[str, Any]  # the state of the source of the batches
+    arrays: Params  # of that source
     run: dict[str, Any]  # config, versions, metrics, parameter_hash, state_hash
 
 
@@ -85,14 +88,17 @@ class Checkpoints:
         data: Mapping[str, Any],
         config: Mapping[str, Any],
         metrics: Mapping[str, float],
-        base: Mapping[str, Any] | None = None,
+        identities: Mapping[str, Mapping[str, Any]] | None = None,
+        arrays: Params | None = None,
     ) -> None:
         """Starts a save and returns once the arrays are copied to the host; after that `state` may be donated.
 
         Of a run that trains an adapter this is the adapter alone.
 
         Args:
-          base: which model an adapter is for: its `parameter_hash` and `step`.
+          identities: which parameters are held beside these, `parameter_hash` and `step` each: "base", of the model
+            that an adapter is for; "reference".
+          arrays: of the source of the batches.
 
         Waits for the save before. Older checkpoints go when a newer one is on disk, never earlier.
 
@@ -105,22 +111,23 @@ class Checkpoints:
             "config": dict(config),
             "versions": _versions(),
             "metrics": dict(metrics),
-            "parameter_hash": tree_hash(state.own),
-            "base": dict(base or {}),
+            "parameter_hash": tree_hash(without_critic(state.own)),
+            "base": dict((identities or {}).get("base", {})),
+            "reference": dict((identities or {}).get("reference", {})),
+            "arrays_hash": tree_hash(arrays) if arrays else "",
             "state_hash": tree_hash(_rest(state)),
         }
         self._saving = step
-        self._guard(
-            lambda: self._orbax.save(
-                self.directory / str(step),
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(state.own),
-                    state=ocp.args.StandardSave(_nested(_rest(state))),
-                    data=ocp.args.JsonSave(dict(data)),
-                    run=ocp.args.JsonSave(run),
-                ),
-            )
-        )
+        items = {
+            "params": ocp.args.StandardSave(without_critic(state.own)),
+            "state": ocp.args.StandardSave(_nested(_rest(state))),
+            "data": ocp.args.JsonSave(dict(data)),
+            "run": ocp.args.JsonSave(run),
+        }
+        if arrays:
+            items["batches"] = ocp.args.StandardSave(arrays)
+        args = ocp.args.Composite(**items)
+        self._guard(lambda: self._orbax.save(self.directory / str(step), args=args))
 
     def save_params(self, params: Params, config: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> str:
         """Saves parameters that were not trained here as step 0, without a train state, and waits for it.
@@ -179,18 +186,20 @@ class Checkpoints:
                 return self._read_json(step, "run")
         return None
 
-    def restore(self, abstract: TrainState) -> Restored | None:
+    def restore(self, abstract: TrainState, arrays: Params | None = None) -> Restored | None:
         """The newest checkpoint that can be read, or None where there is none at all.
 
         Damaged ones that are newer are renamed, so that the run can write these steps again.
 
         Args:
           abstract: `jax.ShapeDtypeStruct`s with the shardings to restore into; they need not be those of the save.
+          arrays: the same, of the source of the batches.
 
         Raises:
           UserError: none can be read, one of another model, or arrays that differ from those saved.
         """
-        return self._newest(lambda step: self._restore_state(step, abstract), set_aside=True, steps=self.steps())
+        read = lambda step: self._restore_state(step, abstract, arrays or {})  # noqa: E731
+        return self._newest(read, set_aside=True, steps=self.steps())
 
     def restore_params(self, abstract: Params, step: int | None = None) -> tuple[int, Params, dict[str, Any]] | None:
         """(step, parameters, JSON of the run) of the newest checkpoint that can be read; changes nothing on disk.
@@ -238,15 +247,18 @@ class Checkpoints:
             )
         return None
 
-    def _restore_state(self, step: int, abstract: TrainState) -> Restored:
+    def _restore_state(self, step: int, abstract: TrainState, arrays: Params) -> Restored:
         run = self._read_json(step, "run")
-        own = self._read_arrays(step, "params", abstract.own, run["parameter_hash"])
+        own = self._read_arrays(step, "params", without_critic(abstract.own), run["parameter_hash"])
         rest = _rest(abstract)
         nested = self._read_arrays(step, "state", _nested(rest), None)
         rest = jax.tree.unflatten(jax.tree.structure(rest), [_at(nested, path) for path in _paths(rest)])
         self._check_hash(step, "train state", tree_hash(rest), run["state_hash"])
-        parts = {"params": like(own, abstract.params), "constants": like(own, abstract.constants), "frozen": {}}
-        return Restored(step, TrainState(**parts, **rest), self._read_json(step, "data"), run)
+        own |= {CRITIC: rest.pop(CRITIC)} if CRITIC in rest else {}
+        parts = {"params": like(own, abstract.params), "constants": like(own, abstract.constants)}
+        parts |= {"frozen": {}, "reference": {}}
+        batches = self._read_arrays(step, "batches", arrays, run["arrays_hash"]) if arrays else {}
+        return Restored(step, TrainState(**parts, **rest), self._read_json(step, "data"), batches, run)
 
     def _restore_params(self, step: int, abstract: Params) -> tuple[int, Params, dict[str, Any]]:
         run = self._read_json(step, "run")
@@ -325,7 +337,7 @@ class Checkpoints:
 
 def _handlers(bytes_in_flight: int) -> ocp.handlers.CheckpointHandlerRegistry:
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    for item in ("params", "state"):
+    for item in ("params", "state", "batches"):
         arrays = ocp.StandardCheckpointHandler(save_concurrent_gb=bytes_in_flight / 10**9)
         registry.add(item, ocp.args.StandardSave, arrays)
         registry.add(item, ocp.args.StandardRestore, arrays)
@@ -341,9 +353,10 @@ def _versions() -> dict[str, str]:
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
-    """The train state without its parameters."""
-    parameters = ("params", "constants", "frozen")
-    return {name: getattr(state, name) for name in TrainState._fields if name not in parameters}
+    """The train state without the parameters of the model; with a critic's, which no use of the model needs."""
+    parameters = ("params", "constants", "frozen", "reference")
+    rest = {name: getattr(state, name) for name in TrainState._fields if name not in parameters}
+    return rest | {name: value for name, value in state.own.items() if name == CRITIC}
 
 
 def _paths(tree: Any) -> dict[str, Any]:

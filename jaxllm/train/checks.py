@@ -22,6 +22,7 @@ from jaxllm.model.rope import ROPE_SCALINGS
 from jaxllm.model.spec import ACTIVATIONS, model_spec
 from jaxllm.steps import STEPS
 from jaxllm.train.check_adapter import check_adapter
+from jaxllm.train.check_alignment import check_alignment
 from jaxllm.train.config import Config
 from jaxllm.train.optimizer import check_optimizer, make_schedule
 
@@ -117,6 +118,7 @@ def check(config: Config, num_devices: int) -> None:
     check_for_use(config, num_devices)
     _check_step(config)
     check_adapter(config)
+    check_alignment(config)
     check_packing(config.data, STEPS[config.train_step].batch)
     check_optimizer(config.optimizer)
     make_schedule(config.optimizer, config.train.steps)

@@ -13,8 +13,10 @@ from jaxllm.errors import UserError, did_you_mean
 from jaxllm.layout.config import LayoutConfig, MeshConfig
 from jaxllm.model.adapter_config import AdapterConfig
 from jaxllm.model.config import ModelConfig
+from jaxllm.steps.alignment_config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig
+from jaxllm.steps.rollout_config import RolloutConfig
 
-TRAIN_STEPS = ("pretrain", "mlm", "sft", "lora", "prompt")
+TRAIN_STEPS = ("pretrain", "mlm", "sft", "lora", "prompt", "reward", "dpo", "ppo", "grpo")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class TrainConfig:
 
     steps: int = 1_000
     init_from: str = ""  # a WORKDIR whose newest parameters a fresh run starts from; "": random ones
+    reference: str = ""  # dpo, ppo, grpo: a WORKDIR whose model the run is held against; "": what it starts from
     log_every: int = 10
     eval_every: int = 200  # 0: only at the end
     eval_batches: int = 0  # batches an evaluation; 0: the whole held-out split
@@ -76,6 +79,11 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
 
 
 GROUPS = {

@@ -21,12 +21,13 @@ Tree = Any
 
 
 class Gradients(NamedTuple):
-    """The summed loss, its weight, the float32 gradient of (summed loss * scale), and the summed statistics."""
+    """The summed loss, its weight, the float32 gradient of (summed loss * scale), the summed statistics and metrics."""
 
     total: Float[Array, ""]
     weight: Float[Array, ""]
     gradients: Tree
     statistics: Tree
+    metrics: Tree
 
 
 def loss_and_gradients(
@@ -66,10 +67,10 @@ def loss_and_gradients(
             frozen=frozen,
         )
         gradients = map_named(lambda g, a: _final(layout, g, a), summed.gradients, axes)
-        return Gradients(summed.total, summed.weight, gradients, summed.statistics)
+        return Gradients(summed.total, summed.weight, gradients, summed.statistics, summed.metrics)
     weights = map_named(lambda w, a: zero.gather_for_step(layout, w, a, weight_dtype(a, compute)), params, axes)
-    held = _for_step(layout, frozen)
-    microbatches = jax.tree.map(lambda x: _split(x, num_microbatches), batch)
+    held = held_for_step(layout, frozen)
+    microbatches = jax.tree.map(lambda x: split_microbatches(x, num_microbatches), batch)
     once = _reduced_once(layout, joined(params, frozen.weights), joined(axes, frozen.axes))
     local = run = partial(_accumulate, layout and layout.inside(*once), loss, axes, accumulate)
     if once:
@@ -85,16 +86,16 @@ def loss_and_gradients(
     return summed._replace(gradients=map_named(lambda g, a: _final(layout, g, a), summed.gradients, axes))
 
 
-def _for_step(layout: Layout | None, frozen: Frozen) -> Tree:
+def held_for_step(layout: Layout | None, frozen: Frozen) -> Tree:
     """Frozen weights where a step wants them."""
     return map_named(lambda w, a: zero.gather_for_step(layout, w, a, w.dtype), *frozen)
 
 
 def _sum(mesh_axes: tuple[str, ...], sums: Gradients, axes: Tree) -> Gradients:
     with tensor_scope("loss", ("batch", "length")):
-        total, weight, statistics = jax.lax.psum((sums.total, sums.weight, sums.statistics), mesh_axes)
+        sums_alone = jax.lax.psum(sums._replace(gradients=None), mesh_axes)
     gradients = map_named(lambda g, _: zero.sum_once(g, mesh_axes), sums.gradients, axes)
-    return Gradients(total, weight, gradients, statistics)
+    return sums_alone._replace(gradients=gradients)
 
 
 def _reduced_once(layout: Layout | None, params: Tree, axes: Tree) -> tuple[str, ...]:
@@ -117,7 +118,7 @@ def _accumulate(
     def one(microbatch: Tree) -> Gradients:
         gradients, result = jax.grad(scaled, has_aux=True)(weights, microbatch)
         gradients = map_named(lambda g, a: _accumulator(layout, g.astype(dtype), a), gradients, axes)
-        return Gradients(result.total, result.weight, gradients, result.statistics)
+        return Gradients(result.total, result.weight, gradients, result.statistics, result.metrics)
 
     with use_layout(layout) if layout is not None else contextlib.nullcontext():
         if jax.tree.leaves(microbatches)[0].shape[0] == 1:
@@ -125,31 +126,13 @@ def _accumulate(
         zeros = map_named(lambda w, a: _accumulator(layout, jnp.zeros(w.shape, dtype), a), weights, axes)
         shapes = jax.eval_shape(loss, joined(weights, frozen), jax.tree.map(lambda x: x[0], microbatches))
         nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-        start = Gradients(nothing.total, nothing.weight, zeros, nothing.statistics)
+        start = Gradients(nothing.total, nothing.weight, zeros, nothing.statistics, nothing.metrics)
         summed, _ = jax.lax.scan(lambda sums, m: (jax.tree.map(jnp.add, sums, one(m)), None), start, microbatches)
     return summed
 
 
-def summed_loss(
-    loss: Callable[[Tree, Tree], Loss],
-    params: Tree,
-    axes: Tree,
-    batch: Tree,
-    *,
-    compute: jnp.dtype,
-    frozen: Frozen = NOTHING,
-) -> tuple[Array, Array]:
-    """The summed loss of a batch and its weight, without gradients; a pipeline takes its microbatches in turn."""
-    layout = current_layout()
-    if layout is None or layout.num_stages == 1:
-        weights = map_named(lambda w, a: zero.gather_for_step(layout, w, a, compute), params, axes)
-        return tuple(loss(joined(weights, _for_step(layout, frozen)), batch)[:2])
-    fill = {"num_microbatches": layout.num_microbatches, "schedule": "forward_only"}
-    summed = run_pipeline(layout, loss, params, axes, batch, compute=compute, frozen=frozen, **fill)
-    return summed.total, summed.weight
-
-
-def _split(x: Array, num_microbatches: int) -> Array:
+def split_microbatches(x: Array, num_microbatches: int) -> Array:
+    """[batch, …] as [microbatch, rows, …]."""
     x = x.reshape(x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
     return constrain(x, None, "batch", *[None] * (x.ndim - 2))
 

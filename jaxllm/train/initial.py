@@ -40,8 +40,8 @@ def refuse_new_tokenizer(config: Config) -> None:
         )
 
 
-def check_initial(config: Config, spec: ModelSpec, tokenizer: Tokenizer) -> None:
-    """Holds the run against the one that `config.train.init_from` names, before anything is compiled.
+def check_initial(config: Config, spec: ModelSpec, tokenizer: Tokenizer, field: str = "init_from") -> None:
+    """Holds the run against the one that `config.train.init_from` names, or another `field`, before a compile.
 
     The models must compute the same. Only the context may be stretched: another `rope_scaling` than none, and its
     numbers; and a longer `max_length` where positions are not learned.
@@ -49,36 +49,38 @@ def check_initial(config: Config, spec: ModelSpec, tokenizer: Tokenizer) -> None
     Raises:
       UserError: no run there, another model (by field) or another tokenizer.
     """
-    source = Path(config.train.init_from)
+    source = Path(getattr(config.train, field))
     theirs = read_config(_newest_run(source)["config"])
     if theirs.adapter.kind != "none":
         raise UserError(
-            f"config.train.init_from={source} is an adapter, not a model. Start from its base, "
+            f"config.train.{field}={source} is an adapter, not a model. Start from its base, "
             f"{theirs.train.init_from} (with --config.adapter={source} it goes on), or merge the two: "
             f"jaxllm convert --from {source} --to WORKDIR."
         )
     model, folder = theirs.model, source / "tokenizer"
     if folder.exists() and load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
         raise UserError(
-            f"config.train.init_from={source}: its model was trained with another tokenizer than "
+            f"config.train.{field}={source}: its model was trained with another tokenizer than "
             f"config.data.tokenizer={config.data.tokenizer}. Set config.data.tokenizer={folder}."
         )
     vocab_size = load_tokenizer(folder).vocab_size if folder.exists() else spec.config.vocab_size
     fields = differing(model.resolved(vocab_size), spec.config)
+    if spec.config.scalar_head:  # it may be new
+        fields.pop("scalar_head", None)
     stretched = spec.config.rope_scaling != "none"
     for name in [name for name in fields if stretched and name.startswith("rope_") and name != "rope_theta"]:
         del fields[name]
     if stretched:
-        _check_original_length(source, model, spec.config)
+        _check_original_length(field, source, model, spec.config)
     if fields:
         lines = [f"config.model.{name}: {theirs!r} there, {ours!r} here" for name, (theirs, ours) in fields.items()]
         raise UserError(
-            f"config.train.init_from={source} is another model. --config.model={source} takes it as it is:\n  "
+            f"config.train.{field}={source} is another model. --config.model={source} takes it as it is:\n  "
             + "\n  ".join(lines)
         )
 
 
-def _check_original_length(source: Path, trained: ModelConfig, stretched: ModelConfig) -> None:
+def _check_original_length(field: str, source: Path, trained: ModelConfig, stretched: ModelConfig) -> None:
     """Positions are stretched from the context that the model was trained on: a derived one may be another."""
     lengths = dict.fromkeys((trained.max_length, trained.rope_original_length or trained.max_length))
     if not differing(trained, stretched):
@@ -87,7 +89,7 @@ def _check_original_length(source: Path, trained: ModelConfig, stretched: ModelC
         longest = round(trained.max_length * stretched.rope_factor)
         raise UserError(
             f"config.model.rope_original_length={stretched.rope_original_length} (where it is 0: max_length / "
-            f"rope_factor), but the model of config.train.init_from={source} was trained on "
+            f"rope_factor), but the model of config.train.{field}={source} was trained on "
             f"{' or '.join(map(str, lengths))} tokens. For rope_factor={stretched.rope_factor:g} set "
             f"config.model.max_length={longest}, or say config.model.rope_original_length={trained.max_length}."
         )
@@ -96,7 +98,7 @@ def _check_original_length(source: Path, trained: ModelConfig, stretched: ModelC
         raise UserError(
             f"config.model.max_length={stretched.max_length} is not rope_original_length="
             f"{stretched.rope_original_length} x rope_factor={stretched.rope_factor:g}, which is {reach}. The model of "
-            f"config.train.init_from={source} reads {trained.max_length} tokens: to stretch those, set "
+            f"config.train.{field}={source} reads {trained.max_length} tokens: to stretch those, set "
             f"config.model.rope_original_length={trained.max_length} and "
             f"config.model.rope_factor={stretched.max_length / trained.max_length:g}."
         )
@@ -141,18 +143,30 @@ def restore_initial(source: str, abstract: Params, say: Callable[[str], None]) -
     return Base(params, step, run["parameter_hash"])
 
 
-def restore_base(
-    workdir: Path, config: Config, identity: Mapping[str, Any], abstract: Params, say: Callable[[str], None]
-) -> Base:
-    """The parameters that the adapter in `workdir` was trained beside, placed as `abstract` says.
+def has_scalar_head(source: str) -> bool:
+    """Whether the run in `source` has one, of its own."""
+    config = read_config(_newest_run(Path(source))["config"])
+    return config.model.scalar_head and config.adapter.kind == "none"
 
-    They are looked for in `config.train.init_from`, and where the adapter lies in BASE/adapters/NAME also in BASE.
+
+def restore_base(
+    workdir: Path,
+    config: Config,
+    identity: Mapping[str, Any],
+    abstract: Params,
+    say: Callable[[str], None],
+    source: str = "",
+) -> Base:
+    """The parameters that the run in `workdir` was trained beside, placed as `abstract` says.
+
+    They are looked for in `source` (default `config.train.init_from`), and where an adapter lies in BASE/adapters/NAME
+    also in BASE.
 
     Raises:
       UserError: no such run, or one that has no checkpoint with these parameters.
     """
     wanted = identity["parameter_hash"]
-    places = [Path(config.train.init_from)]
+    places = [Path(source or config.train.init_from)]
     places += [workdir.absolute().parent.parent] if workdir.absolute().parent.name == ADAPTERS else []
     found = []
     for place in places:
@@ -162,13 +176,13 @@ def restore_base(
             if step is not None:
                 restored = checkpoints.restore_params(abstract, step)
                 assert restored is not None
-                say(f"the base: {place}, step {step}, parameter hash {wanted} as when the adapter was trained")
+                say(f"the base: {place}, step {step}, parameter hash {wanted} as when the run began")
                 return Base(restored[1], step, wanted)
     where = " or ".join(map(str, places))
     has = f"only of step {', '.join(map(str, found))}, with others" if found else "there is no checkpoint at all"
     raise UserError(
-        f"{workdir} is an adapter for the parameters with hash {wanted} (step {identity['step']} of its base), which "
-        f"are not in {where}: {has}.\nAn adapter fits no other model. Give its base: --config.train.init_from=WORKDIR."
+        f"{workdir} was trained beside the parameters with hash {wanted} (step {identity['step']} of its base), which "
+        f"are not in {where}: {has}.\nIt fits no other model. Give its base: --config.train.init_from=WORKDIR."
     )
 
 

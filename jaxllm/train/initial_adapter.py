@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.errors import UserError
+from jaxllm.model.actor_critic import without_critic
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.config import Config, read_config
 from jaxllm.train.initial import Base, newest_identity
@@ -43,20 +44,37 @@ def check_initial_adapter(config: Config) -> None:
     _check_base(stored, config, newest_identity(Path(config.train.init_from))["parameter_hash"])
 
 
-def restore_initial_adapter(config: Config, base: Base, abstract: TrainState, say: Callable[[str], None]) -> Params:
-    """The parameters of the adapter that `config.adapter.init_from` names, placed as `abstract` says.
+def restore_initial_adapter(
+    config: Config,
+    base: Base | None,
+    abstract: TrainState,
+    say: Callable[[str], None],
+    identity: Mapping[str, Any] | None = None,
+) -> tuple[Params, dict[str, Any]]:
+    """The parameters of the adapter that `config.adapter.init_from` names, placed as `abstract` says; and which.
+
+    Args:
+      base: the model that it must be for.
+      identity: of the parameters wanted; default the newest.
 
     Raises:
-      UserError: an adapter for other parameters than those of `base`.
+      UserError: an adapter for other parameters than those of `base`, or none with these parameters any more.
     """
     source = config.adapter.init_from
     with Checkpoints(Path(source) / "checkpoints", say=say) as checkpoints:
-        restored = checkpoints.restore_params(abstract.own)
+        wanted = None if identity is None else checkpoints.step_with(identity["parameter_hash"])
+        if identity is not None and wanted is None:
+            raise UserError(
+                f"the reference of this run is the adapter with parameter hash {identity['parameter_hash']} (step "
+                f"{identity['step']}), which is no longer in config.adapter.init_from={source}."
+            )
+        restored = checkpoints.restore_params(without_critic(abstract.own), wanted)
     assert restored is not None, "check_initial_adapter found a checkpoint"
     step, params, run = restored
-    _check_base(run, config, base.parameter_hash)
+    if base is not None:
+        _check_base(run, config, base.parameter_hash)
     say(f"adapter of {source}, step {step}, parameter hash {run['parameter_hash']}; a fresh optimizer")
-    return params
+    return params, {"step": step, "parameter_hash": run["parameter_hash"]}
 
 
 def _check_base(run: Mapping[str, Any], config: Config, parameter_hash: str) -> None:

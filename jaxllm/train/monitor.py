@@ -47,6 +47,7 @@ class Monitor:
         peak = peak_flops(jax.devices()[0])
         self._flops, self._peak = flops_per_token(spec, length), peak and peak * jax.device_count()
         self._nonfinite = nonfinite
+        self._told: Record = {}
         self.nonfinite_on_end = 0  # steps, up to the last one read
 
     def read(self, dispatched: Dispatched, logs: bool) -> Record:
@@ -74,6 +75,10 @@ class Monitor:
             "tokens_hash": f"{dispatched.tokens_hash:08x}",
         }
 
+    def tell(self, found: Record) -> None:
+        """What else the next record that is logged is to say."""
+        self._told |= found
+
     def pause(self) -> None:
         """What comes now (an evaluation, a save) is not training time."""
         self._watch.pause()
@@ -81,6 +86,7 @@ class Monitor:
     def log(self, record: Record) -> None:
         """Writes and shows a record."""
         if self._writer:
+            record, self._told = record | self._told, {}
             self._writer.write(record)
             self._report.logged(record, record["seconds_per_step"])
 

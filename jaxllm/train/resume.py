@@ -23,6 +23,13 @@ BREAKING = (
     "data.supervise",
     "data.truncation",
     "optimizer.name",
+    "train.reference",
+    "dpo.loss",
+    "dpo.reference",
+    "ppo.epochs",
+    "grpo.epochs",
+    "rollout.prompts",
+    "rollout.samples",
 )
 # Of the model and its adapter these change nothing that is learned.
 HARMLESS = (

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 
 from jaxllm.data.config import DataConfig
-from jaxllm.data.dataset import Dataset
 from jaxllm.layout.layout import Layout
 from jaxllm.layout.schedule_check import report
 from jaxllm.layout.schedules import make_schedule
@@ -18,6 +17,7 @@ from jaxllm.model.spec import ModelSpec
 from jaxllm.train.config import Config
 from jaxllm.train.flops import flops_per_token, peak_flops
 from jaxllm.train.optimizer import decay_table, flat_paths
+from jaxllm.train.source import Source
 from jaxllm.train.state import TrainState, bytes_per_device
 
 
@@ -29,7 +29,7 @@ def data_config(config: Config, stored: Mapping[str, Any] | None, workdir: Path)
     return config.data
 
 
-def describe_run(config: Config, spec: ModelSpec, layout: Layout, abstract: TrainState, data: Dataset) -> list[str]:
+def describe_run(config: Config, spec: ModelSpec, layout: Layout, abstract: TrainState, source: Source) -> list[str]:
     """Lines to print at the start: everything that is derived, counted from the trees and the mesh in use.
 
     Raises:
@@ -37,10 +37,10 @@ def describe_run(config: Config, spec: ModelSpec, layout: Layout, abstract: Trai
     """
     device = jax.devices()[0]
     mesh = " x ".join(f"{axis}={size}" for axis, size in layout.mesh.shape.items() if size > 1) or "one device"
-    tokens = config.data.batch_size * data.length
+    tokens = config.data.batch_size * source.length
     microbatches = config.layout.num_microbatches
     state, params = bytes_per_device(abstract), bytes_per_device(abstract.params)
-    frozen = bytes_per_device(abstract.held)
+    frozen, reference = bytes_per_device(abstract.held), bytes_per_device(abstract.reference)
     peak = peak_flops(device)
     return [
         f"model: {spec.num_parameters:,} parameters, {spec.num_embedding_parameters:,} of them only looked up"
@@ -51,13 +51,14 @@ def describe_run(config: Config, spec: ModelSpec, layout: Layout, abstract: Trai
         *_pipeline_lines(layout, spec),
         f"bytes a device at rest: {state:,} ({params:,} of parameters, "
         + (f"{frozen:,} frozen, " if frozen else "")
+        + (f"{reference:,} of the reference, " if reference else "")
         + "the rest optimizer)",
         f"{check_backend(layout, spec.config, config.precision.compute)}; compute in {config.precision.compute}",
-        f"tokens a step: {tokens:,} = {config.data.batch_size} sequences x {data.length}"
+        f"tokens a step: {tokens:,} = {config.data.batch_size} sequences x {source.length}"
         + (f", in {microbatches} microbatches" if microbatches > 1 else ""),
         f"run: {config.train.steps:,} steps, {config.train.steps * tokens:,} tokens, "
-        f"{config.train.steps * config.data.batch_size / data.rows_an_epoch(config.seed):.2f} epochs",
-        f"FLOPs a token: {flops_per_token(spec, data.length):.4g} = "
+        f"{source.epochs(config.train.steps):.2f} epochs",
+        f"FLOPs a token: {flops_per_token(spec, source.length):.4g} = "
         f"{'4 N + 2 trained' if spec.is_adapted else '6 N'} + 12 layers heads head_dim length; "
         + (f"MFU against {peak / 1e12:,.0f} TFLOP/s a device" if peak else "no peak known for this device, so no MFU"),
     ]

@@ -1,7 +1,7 @@
 """The train state: one canonical form, whatever the layout (DESIGN: "One state, one truth")."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +13,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.layout import zero
 from jaxllm.layout.layout import Layout, as_dtype
-from jaxllm.layout.scope import joined, like
-from jaxllm.model.lora_trees import started
+from jaxllm.layout.scope import joined, like, without
+from jaxllm.model.actor_critic import started_run
 from jaxllm.model.spec import ModelSpec
 from jaxllm.train.optimizer import map_param_leaves
+from jaxllm.train.reference import held_reference
 
 Params = dict[str, Any]  # nested by attribute name, e.g. params["layers"]["attention"]["query"]["kernel"]
 FIRST_LOSS_SCALE = (
@@ -37,6 +38,7 @@ class TrainState(NamedTuple):
     scale_age: Int[Array, ""]  # steps since the loss scale last changed
     constants: Params  # an adapter's parameters that are not trained, float32; mostly {}
     frozen: Params  # the model that an adapter is for, as it is held (model/frozen.py); in no checkpoint
+    reference: Params  # what the run is held against (train/reference.py); mostly {}; in no checkpoint
 
     @property
     def own(self) -> Params:
@@ -50,27 +52,41 @@ class TrainState(NamedTuple):
 
 
 def new_state(
-    spec: ModelSpec, optimizer: optax.GradientTransformation, seed: int, compute: str = "bfloat16"
+    spec: ModelSpec, optimizer: optax.GradientTransformation, seed: int, compute: str = "bfloat16", reference: str = ""
 ) -> TrainState:
     """The state at step 0 of a random model. Traceable; `init_state` runs it on the devices of a layout."""
-    return state_of(spec.init(seed), spec, optimizer, compute)
+    return state_of(spec.init(seed), spec, optimizer, compute, reference)
 
 
 def state_of(
-    params: Params, spec: ModelSpec, optimizer: optax.GradientTransformation, compute: str = "bfloat16"
+    params: Params,
+    spec: ModelSpec,
+    optimizer: optax.GradientTransformation,
+    compute: str = "bfloat16",
+    reference: str = "",
 ) -> TrainState:
-    """The state at step 0 of a run that starts from `params`, float32, an adapter's among them. Traceable."""
+    """The state at step 0 of a run that starts from `params`, float32, an adapter's among them. Traceable.
+
+    Args:
+      reference: its kind (train/reference.py); it is the model that the run starts from.
+    """
     count = jnp.zeros((), jnp.int32)
     scale = jnp.float32(FIRST_LOSS_SCALE if compute == "float16" else 1)
     trained, frozen = spec.trained(params), spec.frozen(params, as_dtype(compute))
-    return TrainState(count, trained, optimizer.init(trained), count, scale, count, spec.constants(params), frozen)
+    refers_to = held_reference(reference, spec, params, as_dtype(compute))
+    own = (spec.constants(params), frozen, refers_to)
+    return TrainState(count, trained, optimizer.init(trained), count, scale, count, *own)
 
 
 def abstract_state(
-    spec: ModelSpec, optimizer: optax.GradientTransformation, layout: Layout, compute: str = "bfloat16"
+    spec: ModelSpec,
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    compute: str = "bfloat16",
+    reference: str = "",
 ) -> TrainState:
     """The state as `jax.ShapeDtypeStruct`s with their shardings: what a checkpoint is restored into."""
-    shapes = jax.eval_shape(lambda: new_state(spec, optimizer, 0, compute))
+    shapes = jax.eval_shape(lambda: new_state(spec, optimizer, 0, compute, reference))
     return place_state(shapes, spec, optimizer, layout, compute)
 
 
@@ -95,6 +111,7 @@ def place_state(
     for name in ("constants", "frozen"):
         part = getattr(shapes, name)
         parts[name] = at_rest(part, like(spec.held_axes(as_dtype(compute)), part))
+    parts["reference"] = at_rest(shapes.reference, like(spec.axes, shapes.reference))
     placed = jax.tree.map(place, shapes._replace(optimizer=None, **dict.fromkeys(parts)))
     trees = {name: jax.tree.map(place, getattr(shapes, name), specs) for name, specs in parts.items()}
     return placed._replace(optimizer=moments, **trees)
@@ -106,10 +123,11 @@ def init_state(
     layout: Layout,
     seed: int,
     compute: str = "bfloat16",
+    reference: str = "",
 ) -> TrainState:
     """The state at step 0, made on the devices where it stays; its values depend on the seed alone."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(spec, optimizer, layout, compute))
-    return jax.jit(lambda: new_state(spec, optimizer, seed, compute), out_shardings=shardings)()
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(spec, optimizer, layout, compute, reference))
+    return jax.jit(lambda: new_state(spec, optimizer, seed, compute, reference), out_shardings=shardings)()
 
 
 def init_state_from(
@@ -121,21 +139,27 @@ def init_state_from(
     compute: str = "bfloat16",
     prompt: Sequence[int] = (),
     adapter: Params | None = None,
+    reference: str = "",
+    critic: Params | None = None,
 ) -> TrainState:
     """The state at step 0 around the parameters of a model, which lie as `abstract_base` says and are given up.
 
     Args:
       prompt: the tokens of an adapter's text.
       adapter: its own parameters; default: it starts from `seed`, and from the model where its kind says so.
+      reference: its kind (train/reference.py).
+      critic: its own parameters, where the run has one.
     """
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(spec, optimizer, layout, compute))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(spec, optimizer, layout, compute, reference))
 
-    def make(base: Params, adapter: Params | None) -> TrainState:
-        params = started(spec, base, seed, prompt) if adapter is None else joined(base, adapter)
-        return state_of(params, spec, optimizer, compute)
+    def make(base: Params, adapter: Params | None, critic: Params | None) -> TrainState:
+        params = started_run(spec, base, seed, prompt, critic)
+        if adapter is not None:
+            params = joined(without(params, adapter), adapter)
+        return state_of(params, spec, optimizer, compute, reference)
 
     given_up = () if spec.is_adapted else (0,)  # a base is held in another dtype: nothing of it can be used again
-    return jax.jit(make, out_shardings=shardings, donate_argnums=given_up)(base, adapter)
+    return jax.jit(make, out_shardings=shardings, donate_argnums=given_up)(base, adapter, critic)
 
 
 def frozen_state(base: Params, spec: ModelSpec, layout: Layout, compute: str) -> Params:
@@ -150,14 +174,20 @@ def frozen_state(base: Params, spec: ModelSpec, layout: Layout, compute: str) ->
     return jax.jit(freeze, out_shardings=shardings)(base)
 
 
-def abstract_base(spec: ModelSpec, layout: Layout) -> Params:
-    """The float32 parameters of the model without its adapter, spread as a state is."""
+def placed_reference(make: Callable[..., Params], abstract: TrainState, *params: Params) -> Params:
+    """What `make(*params)` makes of parameters, where the reference of a state lies."""
+    return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract.reference))(*params)
+
+
+def abstract_base(spec: ModelSpec, layout: Layout, scalar_head: bool = False) -> Params:
+    """The float32 parameters of the language model, spread as a state is; with those of its scalar head if asked."""
 
     def place(leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> jax.ShapeDtypeStruct:
         sharding = NamedSharding(layout.mesh, zero.state_spec(layout, axes, leaf.shape))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.tree.map(place, spec.base(spec.shapes), spec.base(spec.axes))
+    part = lambda tree: joined(spec.base(tree), spec.added(tree) if scalar_head else {})  # noqa: E731
+    return jax.tree.map(place, part(spec.shapes), part(spec.axes))
 
 
 def bytes_per_device(abstract: Any) -> int:

@@ -8,22 +8,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from jaxllm.data.batch import Vocabulary, row_random
 from jaxllm.data.packing import empty_row
 from jaxllm.layout.layout import Layout, as_dtype, use_layout
-from jaxllm.layout.scope import Frozen, tensor_scope
-from jaxllm.model.dropout import dropout_key
-from jaxllm.model.moe import router_metrics
+from jaxllm.layout.scope import Frozen, joined, tensor_scope
+from jaxllm.model.actor_critic import CRITIC, ActorCritic
+from jaxllm.model.head import Loss
 from jaxllm.model.spec import ModelSpec, model_spec
 from jaxllm.steps import STEPS
-from jaxllm.steps.step import TrainStep
+from jaxllm.steps.step import Metrics, TrainStep
 from jaxllm.train.config import Config
-from jaxllm.train.gradients import loss_and_gradients, summed_loss
+from jaxllm.train.forward import summed_loss
+from jaxllm.train.learner import critic_scale, make_learners, step_options
+from jaxllm.train.reference import reference_kind, referred
 from jaxllm.train.state import TrainState, abstract_state
 
-Metrics = dict[str, Float[Array, ""]]
 SCALE_PATIENCE = 2_000  # good steps after which a float16 loss scale doubles
 
 
@@ -34,61 +35,47 @@ def make_train_step(
     schedule: Callable[[Array], Array],
     config: Config,
     layout: Layout,
+    num_tokens: int | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """Compiles `(state, batch) -> (state, metrics)`; the state is donated.
 
-    Metrics, float32 scalars: loss (mean over counted tokens, nats), weight (tokens counted), grad_norm (global, before
-    clipping), learning_rate, nonfinite (steps without an update so far), loss_scale; of experts, those of
-    `router_metrics`.
+    Metrics, float32 scalars: loss (mean over what the step counts: of tokens, nats), weight (how many were counted),
+    grad_norm (global, before clipping), learning_rate, nonfinite (steps without an update so far), loss_scale; those of
+    the step's loss; of experts, those of `router_metrics`; with a critic `critic_loss` and `critic_` all of its own.
+
+    Args:
+      num_tokens: of the vocabulary that are the tokenizer's; default all.
     """
-    compute, accumulate = as_dtype(config.precision.compute), as_dtype(config.precision.gradients)
-    model = spec.config
-    uses_dropout = max(model.dropout, model.attention_dropout, model.neftune_alpha, spec.adapter.dropout) > 0
-    axes, held_axes = spec.trained_axes, spec.held_axes(compute)
+    compute = as_dtype(config.precision.compute)
+    axes, learners = spec.trained_axes, make_learners(step, spec, config, num_tokens)
+    options = step_options(step, config, num_tokens)
+    learning_rates = critic_scale(config) if isinstance(spec, ActorCritic) else 1.0
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        rows = jax.tree.leaves(batch)[0].shape[0]
-        tokens = jax.tree.leaves(batch)[0].size
-        stream = dropout_key(config.seed, state.step, jnp.arange(rows)) if uses_dropout else None
-
-        def loss(weights, inputs):
-            batch, stream = inputs
-            return step.loss(spec.merge(weights), batch, dropout=stream)
-
-        # A mean over the batch's slots is differentiated, and the mean over counted tokens made of it afterwards:
-        # the sum over a million tokens would not fit float16.
-        summed = loss_and_gradients(
-            loss,
-            state.params,
-            axes,
-            (batch, stream),
-            num_microbatches=layout.num_microbatches,
-            compute=compute,
-            accumulate=accumulate,
-            scale=state.loss_scale / tokens,
-            frozen=Frozen(state.held, held_axes),
-        )
-        weight = jnp.maximum(summed.weight, 1)
-        gradients = jax.tree.map(lambda g: g * (tokens / (weight * state.loss_scale)), summed.gradients)
+        batch = referred(step, spec, config, state, batch, layout.num_microbatches, options)
+        metrics: Metrics = {}
+        gradients: Any = {}
+        for learner in learners:
+            loss, part = learner.gradients(state, batch, config, layout)
+            metrics |= {learner.prefix + name: value for name, value in loss.items()}
+            gradients = joined(gradients, part)
         every_axis = [*jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple)), ("state",)]
         with tensor_scope("gradient_norm", *every_axis):
             norm = optax.tree.norm(gradients)
         with tensor_scope("optimizer", *every_axis):
-            new = _update(optimizer, config.optimizer.clip_norm, state, gradients, norm)
+            new = _update(optimizer, config.optimizer.clip_norm, state, gradients, norm, learning_rates)
         if compute == jnp.float16:
             new = _rescale(state, new, jnp.isfinite(norm))
-        metrics = {
-            "loss": summed.total / weight,
-            "weight": summed.weight,
+        metrics |= {
             "grad_norm": norm,
             "learning_rate": schedule(state.step - state.nonfinite),
             "nonfinite": new.nonfinite,
             "loss_scale": state.loss_scale,
         }
-        metrics |= router_metrics(summed.statistics)
         return new, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
-    return _compiled(train_step, layout, abstract_state(spec, optimizer, layout, config.precision.compute))
+    reference = reference_kind(step, config)
+    return _compiled(train_step, layout, abstract_state(spec, optimizer, layout, config.precision.compute, reference))
 
 
 def abstract_batch(config: Config, layout: Layout) -> Any:
@@ -113,11 +100,19 @@ def _compiled(train_step: Callable, layout: Layout, abstract: TrainState) -> Cal
     return jax.jit(laid_out, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def _update(optimizer, clip_norm: float, state: TrainState, gradients: Any, norm: Array) -> TrainState:
-    """One optimizer step, or none where the gradient is not finite: decided on the device, before the update."""
+def _update(
+    optimizer, clip_norm: float, state: TrainState, gradients: Any, norm: Array, critic_scale: float
+) -> TrainState:
+    """One optimizer step, or none where the gradient is not finite: decided on the device, before the update.
+
+    Args:
+      critic_scale: the learning rate of a critic, as a part of the others'.
+    """
     if clip_norm > 0:
         gradients = jax.tree.map(lambda g: g * jnp.minimum(1, clip_norm / norm), gradients)
     updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+    if critic_scale != 1:
+        updates = updates | {CRITIC: jax.tree.map(lambda u: u * critic_scale, updates[CRITIC])}
     params = optax.apply_updates(state.params, updates)
     finite = jnp.isfinite(norm)
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
@@ -138,9 +133,10 @@ def _rescale(old: TrainState, new: TrainState, finite: Array) -> TrainState:
 
 
 def make_eval_step(
-    step: TrainStep, spec: ModelSpec, config: Config, layout: Layout
-) -> Callable[[Any, Any, Any], tuple[Array, Array]]:
-    """Compiles `(params, held, batch) -> (summed loss in nats, tokens counted)`, weights as in a `TrainState`.
+    step: TrainStep, spec: ModelSpec, config: Config, layout: Layout, num_tokens: int | None = None
+) -> Callable[[TrainState, Any], Loss]:
+    """Compiles `(state, batch) -> Loss`: the summed loss (in nats where tokens are predicted), what was counted, and
+    the metrics of the step.
 
     That is what the text costs, so without dropout, z-loss and the losses of routers. A pipeline splits the batch into
     its microbatches, so that all stages have work.
@@ -148,15 +144,18 @@ def make_eval_step(
     # A token dropped because others are beside it would cost more in one evaluation than in another.
     alone = {"z_loss": 0.0, "router_balance_loss": 0.0, "router_z_loss": 0.0, "expert_dispatch": "dropless"}
     spec = model_spec(dataclasses.replace(spec.config, **alone), spec.adapter)
-    compute = as_dtype(config.precision.compute)
+    compute, options = as_dtype(config.precision.compute), step_options(step, config, num_tokens)
+    told = {"options": options} if options else {}
+    microbatches = layout.num_microbatches if layout.num_stages > 1 else 1
 
     def loss(weights, batch):
-        return step.loss(spec.merge(weights), batch, dropout=None)
+        return step.loss(spec.merge(weights), batch, dropout=None, **told)
 
     @jax.jit
-    def eval_step(params, held, batch):
-        frozen = Frozen(held, spec.held_axes(compute))
+    def eval_step(state, batch):
+        frozen = Frozen(state.held, spec.held_axes(compute))
         with use_layout(layout):
-            return summed_loss(loss, params, spec.trained_axes, batch, compute=compute, frozen=frozen)
+            batch = referred(step, spec, config, state, batch, microbatches, options)
+            return summed_loss(loss, state.params, spec.trained_axes, batch, compute=compute, frozen=frozen)
 
     return eval_step

@@ -176,7 +176,7 @@ def test_the_loss_in_chunks(monkeypatch):
 
 def test_chunks_divide_the_sequence(monkeypatch):
     monkeypatch.setattr(vocabulary, "LOGITS_BYTES", 4 * 2 * 10 * 5)  # five positions of two rows
-    assert vocabulary._chunk_length(batch=2, length=12, vocab=10) == 4
-    assert vocabulary._chunk_length(batch=2, length=13, vocab=10) == 1
-    assert vocabulary._chunk_length(batch=2, length=4, vocab=10) == 4
-    assert vocabulary._chunk_length(batch=200, length=12, vocab=10) == 1
+    assert vocabulary.chunk_length(batch=2, length=12, vocab=10) == 4
+    assert vocabulary.chunk_length(batch=2, length=13, vocab=10) == 1
+    assert vocabulary.chunk_length(batch=2, length=4, vocab=10) == 4
+    assert vocabulary.chunk_length(batch=200, length=12, vocab=10) == 1

@@ -32,7 +32,7 @@ def make_state(step=1, width=16, seed=0):
     kernel = jax.random.normal(random_key, (8, width))
     params = {"head": {"kernel": kernel}, "layers": {"norm": {"scale": kernel[:, 0]}, "mlp": {"bias": kernel[0] * 2}}}
     optimizer = jax.tree.map(lambda leaf: leaf + step, OPTIMIZER.init(params))
-    return TrainState(jnp.int32(step), params, optimizer, jnp.int32(0), jnp.float32(1), jnp.int32(step), {}, {})
+    return TrainState(jnp.int32(step), params, optimizer, jnp.int32(0), jnp.float32(1), jnp.int32(step), {}, {}, {})
 
 
 def place(state, rows, columns):
