@@ -13,9 +13,9 @@ EXAMPLES = """\
   jaxllm train --config configs/gpt2_small.py --workdir runs/gpt2 --config.data.path='corpus/*.jsonl.zst'
   jaxllm train --config configs/llama3_8b.py --workdir runs/8b --config.mesh.data=8 --config.mesh.model=4
 
-Any field of the config can be set: --config.GROUP.FIELD=VALUE. The groups are model, adapter, mesh, layout, precision,
-data, optimizer and train, and for alignment reward, dpo, rollout, ppo and grpo; --config.model=NAME lays a preset (gpt2, llama3_8b, …). Run the same command again and the
-run goes on from its last checkpoint."""
+Any field of the config can be set: --config.GROUP.FIELD=VALUE. The groups are model, adapter, mesh, layout,
+precision, data, optimizer and train, and for alignment reward, dpo, rollout, ppo and grpo; --config.model=NAME lays a
+preset (gpt2, llama3_8b, …). Run the same command again and the run goes on from its last checkpoint."""
 
 
 def main(argv: list[str]) -> int:

@@ -1,10 +1,10 @@
 """Rewards by functions of the user's: FILE.py:NAME, called as TRL calls them.
 
-    def is_right(prompts, completions, answer, **columns):       # a list for each field of the prompts' records
+    def is_right(prompts, completions, answer, **columns):  # a list for each field of the prompts' records
         return [float(text.strip() == right) for text, right in zip(completions, answer)]
 
-`prompts` and `completions` are lists of texts; a function takes the fields it names, or all by `**columns`. It returns a
-number for each answer.
+`prompts` and `completions` are lists of texts; a function takes the fields that it names, or all by `**columns`. It
+returns a number for each answer.
 """
 
 import functools

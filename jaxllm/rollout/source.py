@@ -83,8 +83,9 @@ class RolloutSource:
         rollout, size = self._config.rollout, self._config.data.batch_size
         return [
             *self._prompts.describe(),
-            f"a rollout: {rollout.prompts:,} prompts x {rollout.samples:,} answers of at most {rollout.max_new_tokens:,} "
-            f"tokens; {self._group.epochs} epochs of {self._answers // size} minibatches: {self._minibatches} steps",
+            f"a rollout: {rollout.prompts:,} prompts x {rollout.samples:,} answers of at most "
+            f"{rollout.max_new_tokens:,} tokens; {self._group.epochs} epochs of {self._answers // size} minibatches: "
+            f"{self._minibatches} steps",
         ]
 
     def epochs(self, steps: int) -> float:

@@ -1,6 +1,5 @@
 """The trained model as it writes: its newest weights, brought to the layout of rollouts, and the decoder there."""
 
-import functools
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -36,9 +35,14 @@ class Writer:
         """`layout` is that of training, `rollout` that of writing; a prompt and its answer have `length` tokens."""
         self._config, self._spec, self._layouts, self._tokenizer = config, spec, (layout, rollout), tokenizer
         self._length = length
+        self._decoders: dict[tuple[int, float], ContinuousDecoder] = {}
 
-    @functools.cache  # noqa: B019: a run has one writer
     def _decoder(self, slots: int, temperature: float) -> ContinuousDecoder:
+        if (slots, temperature) not in self._decoders:
+            self._decoders[slots, temperature] = self._make_decoder(slots, temperature)
+        return self._decoders[slots, temperature]
+
+    def _make_decoder(self, slots: int, temperature: float) -> ContinuousDecoder:
         return ContinuousDecoder(
             model_of(self._spec),
             self._layouts[1],

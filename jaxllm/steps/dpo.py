@@ -13,11 +13,10 @@ from jaxllm.layout.sequence import to_device_order
 from jaxllm.model.dropout import DropoutKey
 from jaxllm.model.head import Loss, where_predicted
 from jaxllm.model.transformer import Transformer
+from jaxllm.steps.alignment_config import REFERENCE_FREE
 from jaxllm.steps.preference_losses import preference_loss
 from jaxllm.steps.segments import of_pairs, sums_by_segment
 from jaxllm.steps.step import Options, TrainStep
-
-REFERENCE_FREE = ("orpo", "simpo")
 
 
 class ReferredPairs(NamedTuple):
