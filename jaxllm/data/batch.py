@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.data.config import DataConfig
 
@@ -20,6 +20,18 @@ class Batch(NamedTuple):
     positions: Int[Array | np.ndarray, "batch length"]  # int32, from 0 in each document
     segment_ids: Int[Array | np.ndarray, "batch length"]  # int32: 1, 2, … a document of the row; 0 is padding
     loss_mask: Bool[Array | np.ndarray, "batch length"]  # true where this token is to be predicted from those before
+
+
+class PairBatch(NamedTuple):
+    """Packed pairs. A pair is two segments of one row, the chosen response after its prompt in 1, 3, 5, … and the
+    rejected in 2, 4, 6, …; `loss_mask` is true on the responses. Leaves as those of a `Batch`."""
+
+    tokens: Int[Array | np.ndarray, "batch length"]
+    positions: Int[Array | np.ndarray, "batch length"]
+    segment_ids: Int[Array | np.ndarray, "batch length"]
+    loss_mask: Bool[Array | np.ndarray, "batch length"]
+    margins: Float[Array | np.ndarray, "batch length"]  # a pair's, on the first token of its chosen segment
+    pair_ids: Int[Array | np.ndarray, "batch length"]  # number of the pair in the data set, from 1; 0 is padding
 
 
 class Vocabulary(NamedTuple):
@@ -50,7 +62,7 @@ class BatchKind:
 
     make_row: MakeRow
     special_tokens: tuple[str, ...] = ()  # of a tokenizer that is trained for it
-    examples: bool = False  # what is packed are examples (jaxllm/data/examples.py), whole, learned in part
+    examples: int = 0  # of a record, packed whole and together, learned in part (data/examples.py); 0: it is text
 
 
 def packed_row(row: Batch, random: np.random.RandomState, vocabulary: Vocabulary, config: DataConfig) -> Batch:
@@ -58,26 +70,21 @@ def packed_row(row: Batch, random: np.random.RandomState, vocabulary: Vocabulary
     return row
 
 
+def pair_row(
+    row: Batch | PairBatch, random: np.random.RandomState, vocabulary: Vocabulary, config: DataConfig
+) -> PairBatch:
+    """The row as it is; a row of padding has no pairs."""
+    if isinstance(row, PairBatch):
+        return row
+    return PairBatch(*row, np.zeros(row.tokens.shape, np.float32), np.zeros(row.tokens.shape, np.int32))
+
+
+MAX_PAIRS = 32  # of a row
 PACKED = BatchKind(packed_row)
-EXAMPLES = BatchKind(packed_row, examples=True)
+EXAMPLES = BatchKind(packed_row, examples=1)
+PAIRS = BatchKind(pair_row, examples=2)
 
 
 def row_random(seed: int, number: int) -> np.random.RandomState:
     """The random numbers of row `number`; RandomState, because NumPy has promised never to change what it draws."""
     return np.random.RandomState(np.random.Philox(key=np.array([seed, number], np.uint64)))
-
-
-class PairBatch(NamedTuple):
-    tokens: Any
-    positions: Any
-    segment_ids: Any
-    loss_mask: Any
-    margins: Any
-    pair_ids: Any
-
-
-MAX_PAIRS = 8
-PAIRS = BatchKind(
-    lambda row, *_: PairBatch(*row, np.zeros(row.tokens.shape, np.float32), np.zeros(row.tokens.shape, np.int32)),
-    examples=True,
-)

@@ -7,6 +7,7 @@ for batch in data.eval_batches(sharding, batch_size=256): ...
 
 import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from jax.sharding import NamedSharding
 
 from jaxllm.config import one_of
 from jaxllm.data import shards
-from jaxllm.data.batch import PACKED, Batch, BatchKind, Vocabulary, row_random
+from jaxllm.data.batch import MAX_PAIRS, PACKED, Batch, BatchKind, Vocabulary, row_random
 from jaxllm.data.chat_template import named_template
 from jaxllm.data.config import SUPERVISE, TRUNCATION, DataConfig
 from jaxllm.data.example_streams import (
@@ -128,13 +129,36 @@ class Dataset:
 
     def _example_rows(self, stream: shards.TokenStream, mixed: bool = False) -> Examples:
         how = {"together": self.config.packing != "none", "mixed": mixed, "places": self.places}
+        how |= {"per_record": self.kind.examples, "most": MAX_PAIRS if self.kind.examples == 2 else None}
         return Examples(stream.document_starts, self.length, taken=self._taken(stream).numbers, **how)
 
     def _taken(self, stream: shards.TokenStream) -> Taken:
-        return taken_examples(stream, self.length - self.places, self.config.truncation)
+        per_record = self.kind.examples
+        return taken_examples(stream, self.length - per_record * self.places, self.config.truncation, per_record)
+
+    @property
+    def num_pairs(self) -> int:
+        """Of both splits."""
+        return sum(stream.index.documents for stream in (*self.train, *self.held_out)) // 2
+
+    def _first_pair(self, stream: shards.TokenStream) -> int | None:
+        """How many pairs the streams before this one have, those that are trained on first; None of other streams."""
+        if self.kind.examples != 2:
+            return None
+        before = itertools.takewhile(lambda other: other is not stream, (*self.train, *self.held_out))
+        return sum(other.index.documents for other in before) // 2
+
+    def every_pair(self, sharding: NamedSharding, *, batch_size: int) -> Iterator[Any]:
+        """All pairs of both splits once, as batches."""
+        streams = (*self.train, *self.held_out)
+        rows = self._evaluation_rows([(stream, self._example_rows(stream)) for stream in streams], batch_size)
+        rows = self._step_rows(rows, HELD_OUT_SEED)
+        batches = len(rows) // batch_size
+        return DeviceBatches(rows, sharding, batch_size=batch_size, length=self.length, batches=batches)
 
     def _rows(self, stream: shards.TokenStream, seed: int) -> Rows:
         how = {"length": self.length, "pad_id": self.tokenizer.pad_id or 0, "places": self.places}
+        how["first_pair"] = self._first_pair(stream)
         return Rows(stream, self._packings[stream], seed=seed, shuffle=self.config.shuffle, **how)
 
     def _step_rows(self, rows: grain.MapDataset[Batch], seed: int) -> StepRows:
@@ -163,7 +187,12 @@ class Dataset:
             parts = [(s, self._example_rows(s, mixed=True)) for s in self.held_out]
         else:
             parts = [(s, EvaluationWindows(s.document_starts, self.length, overlap)) for s in self.held_out]
+        return self._evaluation_rows(parts, batch_size)
+
+    def _evaluation_rows(self, parts: list[tuple[shards.TokenStream, Any]], batch_size: int) -> EvaluationRows:
         how = {"length": self.length, "pad_id": self.tokenizer.pad_id or 0, "places": self.places}
+        if self.kind.examples == 2:
+            how["first_pairs"] = [self._first_pair(stream) for stream, _ in parts]
         return EvaluationRows(parts, multiple=batch_size, **how)
 
     def describe(self) -> list[str]:
@@ -186,6 +215,10 @@ class Dataset:
             lines.append(f"warning: config.data.held_out={self.config.held_out!r} holds out more than half of the text")
         return lines
 
+    def _count(self, streams: Sequence[shards.TokenStream]) -> str:
+        documents = sum(stream.index.documents for stream in streams)
+        return f"{documents:,} examples" if self.kind.examples == 1 else f"{documents // 2:,} pairs"
+
     def _describe_examples(self) -> list[str]:
         lines = []
         for name, streams in {"train": self.train, "held out": self.held_out}.items():
@@ -196,7 +229,7 @@ class Dataset:
             rows = sum(packing.num_rows for packing in packings)
             filled = sum(packing.filled * packing.num_rows for packing in packings) / max(rows, 1)
             lines.append(
-                f"{name}: {sum(stream.index.documents for stream in streams):,} examples, {tokens:,} tokens, "
+                f"{name}: {self._count(streams)}, {tokens:,} tokens, "
                 f"{learned:,} of them learned; {rows:,} rows of {self.length:,}, {filled:.1%} of their slots filled"
                 if streams
                 else f"{name}: nothing"
@@ -255,7 +288,8 @@ def prepare(
         tokenizer = open_tokenizer(config, components, held_out, kind, cache, bar)
         # One row, so that what the tokenizer lacks is told before it is used.
         kind.make_row(empty_row(length, 0), row_random(0, 0), Vocabulary.of(tokenizer), config)
-        write = functools.partial(_example_tokens, length=length, places=places) if kind.examples else _tokens
+        how = {"length": length, "places": places, "kind": kind}
+        write = functools.partial(_example_tokens, **how) if kind.examples else _tokens
         folders = [write(c.source, held_out, tokenizer, config, cache, bar, threads) for c in components]
         train = [folder / "train" for folder in folders if (folder / "train").exists()]
         if len(train) < len(folders):
@@ -341,17 +375,20 @@ def _example_tokens(
     *,
     length: int,
     places: int,
+    kind: BatchKind,
 ) -> Path:
     """The same of examples; those that rows of `length` tokens do not hold are refused where the config says so.
 
     Of those tokens `places` are not an example's.
     """
-    encoder = ExampleEncoder(tokenizer, config.supervise)
+    encoder, per_record = ExampleEncoder(tokenizer, config.supervise), kind.examples
     split = "all" if all_held_out else [held_out.kind, held_out.fraction]
-    key = shards.cache_key("examples", source.identity(), split, config.fields, *encoder.identity)
+    what = "examples" if per_record == 1 else "pairs"
+    key = shards.cache_key(what, source.identity(), split, config.fields, *encoder.identity)
+    has_template = tokenizer.chat_template is not None
 
     def pieces() -> Iterator[ExamplePiece]:
-        read = read_pieces(source, held_out, config.fields)
+        read = read_pieces(source, held_out, config.fields, kind, dialogues=has_template)
         return (piece._replace(held_out=True) for piece in read) if all_held_out else read
 
     def write(folder: Path) -> None:
@@ -361,7 +398,8 @@ def _example_tokens(
     folder = shards.cached(cache, f"tokens-{key}", write)
     for split in filter(Path.exists, (folder / name for name in shards.SPLITS)):
         stream, is_held_out = shards.TokenStream(split), split.name == "held_out"
-        check_lengths(stream, length - places, config.truncation, pieces, is_held_out, places)
+        room = length - per_record * places
+        check_lengths(stream, room, config.truncation, pieces, is_held_out, per_record * places, per_record)
     return folder
 
 

@@ -21,6 +21,7 @@ from jaxllm.data.sources import Record, text_field
 from jaxllm.errors import UserError, did_you_mean
 
 FIELDS = ("messages", "tools", "prompt", "completion", "instruction", "input", "output", "text")
+PAIR_FIELDS = ("chosen", "rejected", "margin")  # and prompt: data/preferences.py
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 OTHER_ROLES = {
     "human": "user",
@@ -64,11 +65,11 @@ def parse_fields(value: str, text: str = "text") -> dict[str, str]:
     Raises:
       UserError: a field that no format has, or one without a name.
     """
-    named = {field: field for field in FIELDS} | {"text": text}
+    named = {field: field for field in (*FIELDS, *PAIR_FIELDS)} | {"text": text}
     for part in filter(None, map(str.strip, value.split(","))):
         field, _, name = part.partition("=")
-        if field not in FIELDS:
-            raise UserError(f"config.data.fields: '{field}' is a field of no format. {did_you_mean(field, FIELDS)}")
+        if field not in named:
+            raise UserError(f"config.data.fields: '{field}' is a field of no format. {did_you_mean(field, named)}")
         if not name:
             raise UserError(f"config.data.fields={value!r}: write for example prompt=question,completion=answer.")
         named[field] = name

@@ -18,8 +18,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Int
 
-from jaxllm.data.batch import Batch, row_random
-from jaxllm.data.packing import Packing, empty_row, fill_row
+from jaxllm.data.batch import Batch, PairBatch, row_random
+from jaxllm.data.packing import Packing, Span, empty_row, fill_row
 from jaxllm.data.shards import TokenStream
 from jaxllm.errors import UserError
 
@@ -44,10 +44,12 @@ class Rows(grain.MapDataset[Batch]):
         seed: int,
         shuffle: bool,
         places: int = 0,
+        first_pair: int | None = None,
     ):
+        """`first_pair`: of a stream of pairs, the number of the first; then the rows are `PairBatch`es."""
         super().__init__()
         self._stream, self._packing, self._length, self._pad_id = stream, packing, length, pad_id
-        self._seed, self._shuffle, self._places = seed, shuffle, places
+        self._seed, self._shuffle, self._places, self._first_pair = seed, shuffle, places, first_pair
 
     def __len__(self) -> int:
         return self._packing.num_rows
@@ -57,7 +59,8 @@ class Rows(grain.MapDataset[Batch]):
             return self.slice(index)
         row, rotation = self.order(index)
         spans, stream = self._packing.spans(row, rotation), self._stream
-        return fill_row(stream.read, spans, self._length, self._pad_id, stream.is_supervised, self._places)
+        filled = fill_row(stream.read, spans, self._length, self._pad_id, stream.is_supervised, self._places)
+        return filled if self._first_pair is None else with_pairs(filled, spans, stream, self._first_pair)
 
     def order(self, index: int) -> tuple[int, int]:
         """(row of the packing, rotation of its epoch) at position `index`."""
@@ -82,9 +85,12 @@ class EvaluationRows(grain.MapDataset[Batch]):
         pad_id: int,
         multiple: int,
         places: int = 0,
+        first_pairs: Sequence[int] | None = None,
     ):
+        """`first_pairs`: of streams of pairs, as of `Rows`."""
         super().__init__()
         self._parts, self._length, self._pad_id, self._places = parts, length, pad_id, places
+        self._first_pairs = first_pairs
         self._ends = np.cumsum([packing.num_rows for _, packing in parts])
         self._padded = -(-int(self._ends[-1]) // multiple) * multiple
 
@@ -100,7 +106,19 @@ class EvaluationRows(grain.MapDataset[Batch]):
         stream, packing = self._parts[part]
         row = index - (int(self._ends[part - 1]) if part else 0)
         spans = packing.spans(row, 0)
-        return fill_row(stream.read, spans, self._length, self._pad_id, stream.is_supervised, self._places)
+        filled = fill_row(stream.read, spans, self._length, self._pad_id, stream.is_supervised, self._places)
+        return filled if self._first_pairs is None else with_pairs(filled, spans, stream, self._first_pairs[part])
+
+
+def with_pairs(row: Batch, spans: Sequence[Span], stream: TokenStream, first_pair: int) -> PairBatch:
+    """A row of pairs with their numbers, from `first_pair` + 1 in this stream, and their margins."""
+    documents = np.searchsorted(stream.document_starts, [span.start for span in spans], side="right") - 1
+    numbers = np.concatenate([[0], first_pair + 1 + documents // 2])
+    margins = np.zeros(row.tokens.shape, np.float32)
+    if stream.margins is not None:
+        begins = (row.positions == 0) & (row.segment_ids % 2 == 1)
+        margins[begins] = stream.margins[documents[::2]]
+    return PairBatch(*row, margins, numbers[row.segment_ids].astype(np.int32))
 
 
 class StepRows(grain.MapDataset[Any]):

@@ -71,7 +71,7 @@ def _trained(
     specials = (*kind.special_tokens, *BUILT_IN.get(config.chat_template, ()))
     identity = [[c.source.identity(), c.weight] for c in components]
     split = [held_out.kind, held_out.fraction, held_out.marker]
-    examples = [config.fields] if kind.examples else []
+    examples = [config.fields, kind.examples] if kind.examples else []
     key = shards.cache_key(
         "tokenizer", identity, split, algorithm, vocab_size, version("sentencepiece"), *specials, *examples
     )
@@ -102,7 +102,7 @@ def nothing_to_train_on(config: DataConfig) -> UserError:
 def _train_texts(
     source: Source, held_out: HeldOut, config: DataConfig, kind: BatchKind, report: Callable[[float], None]
 ) -> Iterator[str]:
-    pieces = read_pieces(source, held_out, config.fields) if kind.examples else split_documents(source, held_out)
+    pieces = read_pieces(source, held_out, config.fields, kind) if kind.examples else split_documents(source, held_out)
     for piece in pieces:
         if not piece.held_out:
             yield from piece.example.texts if kind.examples else [piece.text]

@@ -90,9 +90,9 @@ class BestFit:
 
 
 class Examples:
-    """Whole examples: several to a row where they fit (`fill_bins`), or one to a row.
+    """Whole examples: several to a row where they fit (`fill_bins`), or one to a row; those of a record together.
 
-    Of an example longer than a row the start is taken. The rows are the same in every epoch.
+    Of an example longer than a row (or than its share of it) the start is taken. The rows are the same in every epoch.
     """
 
     def __init__(
@@ -104,18 +104,27 @@ class Examples:
         together: bool = True,
         mixed: bool = False,
         places: int = 0,
+        per_record: int = 1,
+        most: int | None = None,
     ):
         """
         Args:
-          taken: the numbers of the examples to take, the others are left out.
-          together: several to a row.
+          taken: the numbers of the records to take, the others are left out.
+          together: several records to a row.
           mixed: the rows in a mixed, fixed order, so that the first few are a fair sample.
           places: kept free before each example.
+          per_record: so many examples of the stream are one record, and stay together in this order.
+          most: records of a row.
         """
-        self._start = np.asarray(document_starts)[taken]
-        self._size = np.minimum(np.diff(document_starts)[taken], length - places)
+        self._start = np.asarray(document_starts)[:-1].reshape(-1, per_record)[taken]
+        self._size = np.diff(document_starts).reshape(-1, per_record)[taken] + places
+        is_long = self._size.sum(1) > length
+        self._size[is_long] = np.minimum(self._size[is_long], length // per_record)
+        self._size -= places
         one_each = np.arange(len(taken)), np.arange(1, len(taken) + 1)
-        self._order, self._ends = fill_bins(self._size + places, length) if together else one_each
+        self._order, self._ends = fill_bins((self._size + places).sum(1), length) if together else one_each
+        if most:
+            self._ends = _at_most(most, self._ends)
         self.num_rows = len(self._ends)
         self._rows = np.random.RandomState(0).permutation(self.num_rows) if mixed else np.arange(self.num_rows)
         # Part of the slots that hold a token, virtual ones too.
@@ -123,8 +132,16 @@ class Examples:
 
     def spans(self, row: int, rotation: int) -> list[Span]:
         row = int(self._rows[row])
-        pieces = self._order[self._ends[row - 1] if row else 0 : self._ends[row]]
-        return [Span(int(self._start[i]), int(self._size[i])) for i in pieces]
+        records = self._order[self._ends[row - 1] if row else 0 : self._ends[row]]
+        starts, sizes = self._start[records].ravel(), self._size[records].ravel()
+        return [Span(int(start), int(size)) for start, size in zip(starts, sizes, strict=True)]
+
+
+def _at_most(most: int, ends: Int[np.ndarray, " bins"]) -> Int[np.ndarray, " bins"]:
+    """Where bins end once those of more than `most` items are cut."""
+    starts = [0, *ends[:-1].tolist()]
+    cuts = [range(start + most, end, most) for start, end in zip(starts, ends.tolist(), strict=True)]
+    return np.array([cut for inner, end in zip(cuts, ends.tolist(), strict=True) for cut in (*inner, end)], np.int64)
 
 
 class EvaluationWindows:

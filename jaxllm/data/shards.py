@@ -27,7 +27,7 @@ from typing import Any, Protocol, TypeVar
 import grain
 import numpy as np
 from array_record.python import array_record_module
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxllm.data.held_out import Piece
 from jaxllm.data.supervision import EncodedExample
@@ -38,7 +38,7 @@ VERSION = 1
 RECORD = 8192  # tokens: what one random read costs
 SHARD = 1 << 28  # tokens a file
 BATCH = 1 << 22  # characters tokenised at once, by all threads
-INDEX, DOCUMENTS, SUPERVISED = "index.json", "documents.npy", "supervised.npy"
+INDEX, DOCUMENTS, SUPERVISED, MARGINS = "index.json", "documents.npy", "supervised.npy", "margins.npy"
 SPLITS = ("train", "held_out")
 
 
@@ -78,7 +78,11 @@ class TokenStream:
         self.supervised: Int[np.ndarray, "ranges 2"] | None = None
         if SUPERVISED in self.index.files:
             self.supervised = np.load(folder / SUPERVISED, mmap_mode="r")
-        shards = [str(folder / name) for name in sorted(self.index.files) if name not in (DOCUMENTS, SUPERVISED)]
+        # Of each document, where any has one: by how much it is better than the next one.
+        self.margins: Float[np.ndarray, " documents"] | None = None
+        if MARGINS in self.index.files:
+            self.margins = np.load(folder / MARGINS, mmap_mode="r")
+        shards = [str(folder / name) for name in sorted(self.index.files) if not name.endswith(".npy")]
         self._records = grain.sources.ArrayRecordDataSource(shards)
 
     def read(self, start: int, length: int) -> Int[np.ndarray, " length"]:
@@ -126,6 +130,7 @@ class StreamWriter:
         folder.mkdir(parents=True)
         self._folder, self._dtype = folder, np.dtype(dtype)
         self._starts, self._supervised, self._hash = array("q", [0]), array("q"), hashlib.sha256()
+        self._margins = array("f")
         self._buffer: list[np.ndarray] = []
         self._buffered = self._written = self._characters = self._bytes = 0
         self._writer: array_record_module.ArrayRecordWriter | None = None
@@ -135,6 +140,7 @@ class StreamWriter:
         """Appends an example. A stream is of examples or of documents of which all is learned, not of both."""
         start = self._starts[-1]
         self._supervised.extend(start + place for places in example.supervised for place in places)
+        self._margins.append(example.margin)
         self.add(example.tokens, example.text)
 
     def add(self, tokens: Sequence[int], text: str) -> None:
@@ -189,6 +195,10 @@ class StreamWriter:
             arrays.append(SUPERVISED)
             np.save(self._folder / SUPERVISED, supervised)
             self._hash.update(supervised.tobytes())
+        if any(self._margins):
+            arrays.append(MARGINS)
+            np.save(self._folder / MARGINS, np.frombuffer(self._margins, np.float32))
+            self._hash.update(self._margins.tobytes())
         index = StreamIndex(
             tokens=int(starts[-1]),
             documents=len(starts) - 1,

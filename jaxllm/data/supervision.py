@@ -27,6 +27,7 @@ class EncodedExample(NamedTuple):
     tokens: list[int]
     supervised: list[Range]  # of tokens; in order, apart from each other, none empty
     text: str
+    margin: float = 0.0  # of the first of a pair: by how much it is better
 
     @property
     def num_supervised(self) -> int:

@@ -63,7 +63,7 @@ class RolloutSource:
         self.length = config.data.length or config.model.max_length
         self._functions = parse_rewards(config.rollout.rewards)
         room = self.length - config.rollout.max_new_tokens
-        self._prompts = prepare_prompts(setting.data, max_prompt_length=room, progress=setting.progress)
+        self._prompts = prepare_prompts(setting.data, max_prompt_length=room)
         self.tokenizer, self.evaluates = self._prompts.tokenizer, bool(self._prompts.held_out)
         check_reward_model(config, self.tokenizer)
         self._at = Position(identity=self._prompts.identity, minibatches=self._minibatches)

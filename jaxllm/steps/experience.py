@@ -5,7 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxllm.data.batch import Batch, BatchKind
+from jaxllm.data.batch import Batch, BatchKind, Vocabulary
+from jaxllm.data.config import DataConfig
 from jaxllm.model.head import where_predicted
 from jaxllm.model.transformer import Transformer
 from jaxllm.steps.segments import ends_of_segments
@@ -26,7 +27,7 @@ class Experience(NamedTuple):
     values: Float[Array | np.ndarray, "batch length"]  # PPO: what it expected
 
 
-def _row(row: Batch, *_) -> Experience:
+def _row(row: Batch, random: np.random.RandomState, vocabulary: Vocabulary, config: DataConfig) -> Experience:
     nothing = np.zeros(row.tokens.shape, np.float32)
     return Experience(*row, nothing, nothing, nothing, nothing, nothing)
 

@@ -265,7 +265,7 @@ def test_truncation(config, tmp_path):
     full = max(rows(cut), key=lambda row: row.segment_ids.sum())
     assert full.segment_ids.all() and full.loss_mask[-1]
     nothing = write(tmp_path / "b.jsonl", [lost])
-    with pytest.raises(UserError, match=r"b\.jsonl:1: .*no example is short enough"):
+    with pytest.raises(UserError, match=r"b\.jsonl:1: .*none is short enough"):
         open_dataset(config, path=nothing, truncation="cut")
 
 
