@@ -18,6 +18,7 @@ from jaxllm.model.linear import Linear, apply_together
 from jaxllm.model.norms import HeadNorm
 from jaxllm.model.prompts import Prefix, Prefixed
 from jaxllm.model.rope import Rotation, rotate
+from jaxllm.model.row_cache import RowLayerCache
 
 
 class LayerCache(NamedTuple):
@@ -72,10 +73,11 @@ class Attention(nnx.Module):
         rotation: Rotation | None,
         *,
         dropout: DropoutKey | None = None,
-        cache: LayerCache | None = None,
-        slots: CacheSlots | None = None,
+        cache: LayerCache | RowLayerCache | None = None,
+        slots: CacheSlots | Int[Array, "batch length"] | None = None,
         prefixed: Prefixed | None = None,
-    ) -> tuple[Float[Array, "batch length embed"], LayerCache | None]:
+    ) -> tuple[Float[Array, "batch length embed"], LayerCache | RowLayerCache | None]:
+        """Args: slots: of a `RowLayerCache` the positions of the tokens."""
         query, key, value = apply_together(x, [self.query, self.key, self.value], dropout)
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
@@ -89,6 +91,9 @@ class Attention(nnx.Module):
             rate, stream = self.dropout_rate, dropout.fold("attention") if dropout else None
             with tensor_scope("", QUERY_AXES):
                 output = attend(query, key, value, segment_ids, self.pattern, dropout_rate=rate, dropout_key=stream)
+        elif isinstance(cache, RowLayerCache):
+            cache = cache.extended(key, value, slots)
+            output = cache.attend(query, slots, self.pattern)
         else:
             write = lambda all, new: jax.lax.dynamic_update_slice_in_dim(all, new, slots.first, axis=1)  # noqa: E731
             cache = LayerCache(write(cache.keys, key), write(cache.values, value))

@@ -1,5 +1,7 @@
 """The transformer, written once. It names logical axes; where they live is the layout's affair."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -25,6 +27,7 @@ from jaxllm.model.names import name_of, name_parameters
 from jaxllm.model.norms import Norm
 from jaxllm.model.prompts import Prefixed, prefixed, virtual_tokens
 from jaxllm.model.rope import Rotation, rotation
+from jaxllm.model.row_cache import RowCache
 from jaxllm.model.scalar_head import ScalarHead
 
 # Between blocks the sequence or the width may be split; inside them each device sees both whole (`length`, `embed`).
@@ -222,6 +225,33 @@ class Transformer(nnx.Module):
         x, layer_caches = run_layers(layer, x, per_layer, self.config.num_layers)
         filled = cache.filled + tokens.shape[1]
         return self._before_head(x), KVCache(layer_caches.keys, layer_caches.values, known, filled)
+
+    def layer_weights(self) -> list[nnx.State]:
+        """The weights of each layer, apart: for `extend_rows`, outside a loop that calls it."""
+        weights = nnx.split(self.layers)[1]
+        return [jax.tree.map(lambda w, i=i: w[i], weights) for i in range(self.config.num_layers)]
+
+    def extend_rows(
+        self,
+        cache: RowCache,
+        layers: Sequence[nnx.State],
+        tokens: Int[Array, "batch length"],
+        positions: Int[Array, "batch length"],
+        lengths: Int[Array, " batch"] | None = None,
+    ) -> tuple[Float[Array, "batch length embed"], RowCache]:
+        """What `head` takes, of new tokens of rows that go their own ways, and the cache with them.
+
+        Args:
+          layers: `layer_weights`.
+          positions: of the new tokens in their rows; each row's follow each other.
+          lengths: as of `extend`.
+        """
+        x, by = self._embed(tokens, positions, None, lengths=lengths)
+        graph, segment_ids, extended = nnx.split(self.layers)[0], jnp.ones_like(tokens), []
+        for weights, layer_cache in zip(layers, cache, strict=True):
+            x, new, _ = nnx.merge(graph, weights)(x, segment_ids, by, cache=layer_cache, slots=positions)
+            extended.append(new)
+        return self._before_head(x), tuple(extended)
 
     def _before_head(self, x: Array) -> Array:
         x = reshard(x if self.final_norm is None else self.final_norm(x), WHOLE, RESIDUAL)

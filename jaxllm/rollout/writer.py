@@ -9,7 +9,8 @@ import numpy as np
 
 from jaxllm.data.prompts import Prompt
 from jaxllm.data.tokenizer import Tokenizer
-from jaxllm.generate.continuous import Answer, ContinuousDecoder, rollout_weights
+from jaxllm.generate.continuous import Answer, ContinuousDecoder
+from jaxllm.generate.reshard import Resharding
 from jaxllm.layout.layout import Layout, as_dtype
 from jaxllm.model.spec import ModelSpec
 from jaxllm.train.config import Config
@@ -35,6 +36,7 @@ class Writer:
         """`layout` is that of training, `rollout` that of writing; a prompt and its answer have `length` tokens."""
         self._config, self._spec, self._layouts, self._tokenizer = config, spec, (layout, rollout), tokenizer
         self._length = length
+        self._reshard: Resharding | None = None
         self._decoders: dict[tuple[int, float], ContinuousDecoder] = {}
 
     def _decoder(self, slots: int, temperature: float) -> ContinuousDecoder:
@@ -58,7 +60,9 @@ class Writer:
         started = time.perf_counter()
         rollout, compute = self._config.rollout, as_dtype(self._config.precision.compute)
         own = weights_of(state, self._spec, compute)
-        weights = rollout_weights(own.params, own.frozen, model_of(self._spec), *self._layouts, compute)
+        if self._reshard is None:
+            self._reshard = Resharding(own.axes, own.frozen.axes, *self._layouts, compute)
+        weights = self._reshard(own.params, own.frozen.weights)
         jax.block_until_ready(weights)
         there = time.perf_counter()
         decoder = self._decoder(rollout.slots or len(prompts), 0.0 if greedy else rollout.temperature)

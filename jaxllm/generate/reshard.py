@@ -1,0 +1,45 @@
+"""The weights of a train state where another layout computes with them: moved from device to device, in one program."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from jaxllm.layout import zero
+from jaxllm.layout.layout import Layout, pin
+from jaxllm.layout.scope import joined
+
+Tree = Any
+
+
+class Resharding:
+    """From one layout to another on the same devices in the same order.
+
+    Args:
+      axes: logical axes of the trained parameters.
+      compute: the dtype that they travel in.
+    """
+
+    def __init__(self, axes: Tree, frozen_axes: Tree, source: Layout, target: Layout, compute: jnp.dtype):
+        self._axes, self._frozen_axes, self._source, self._target = axes, frozen_axes, source, target
+        self._compute, self._run = compute, None
+
+    def __call__(self, params: Tree, frozen: Tree) -> Tree:
+        """All weights of a model, of its float32 parameters at rest and of what is held frozen."""
+        if self._run is None:
+            places = self._places(params, self._axes), self._places(frozen, self._frozen_axes)
+            self._run = jax.jit(self._moved, out_shardings=joined(*places))
+        return self._run(params, frozen)
+
+    def _moved(self, params: Tree, frozen: Tree) -> Tree:
+        # Cast where they rest, so that what is sent is in the dtype of compute.
+        cast = jax.tree.map(lambda w, axes: self._at_rest(w.astype(self._compute), axes), params, self._axes)
+        return joined(cast, frozen)
+
+    def _at_rest(self, w: jax.Array, axes: tuple) -> jax.Array:
+        return pin(w, self._source, zero.state_spec(self._source, axes, w.shape))
+
+    def _places(self, tree: Tree, axes: Tree) -> Tree:
+        spec = lambda w, a: zero.step_spec(self._target, a, w.shape)  # noqa: E731
+        return jax.tree.map(lambda w, a: NamedSharding(self._target.mesh, spec(w, a)), tree, axes)
