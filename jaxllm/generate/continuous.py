@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxllm.generate.decode import CHUNK, SMALLEST_CHUNK, Weights, power_of_two, round_up
 from jaxllm.layout.layout import Layout, constrain, pin, use_layout
+from jaxllm.layout.mesh import one_at_a_time
 from jaxllm.model.row_cache import AXES, RowCache, RowLayerCache, empty_row_cache
 from jaxllm.model.spec import ModelSpec
 
@@ -102,12 +103,12 @@ class ContinuousDecoder:
         self._shards = layout.size("batch")
         self._slots, self._length = round_up(slots, self._shards), length
         self._temperature, self._end_ids = temperature, tuple(end_ids)
-        self._draw = jax.jit(self._draw_some, donate_argnums=1)
-        self._prefill = jax.jit(self._read, donate_argnums=1)
-        self._empty = jax.jit(self._empty_cache, static_argnums=(0, 1, 2))
-        self._grow = jax.jit(self._grown, static_argnums=1)
-        self._insert = jax.jit(_inserted, donate_argnums=0)
-        self._take = jax.jit(_taken)
+        self._draw = one_at_a_time(jax.jit(self._draw_some, donate_argnums=1))
+        self._prefill = one_at_a_time(jax.jit(self._read, donate_argnums=1))
+        self._empty = one_at_a_time(jax.jit(self._empty_cache, static_argnums=(0, 1, 2)))
+        self._grow = one_at_a_time(jax.jit(self._grown, static_argnums=1))
+        self._insert = one_at_a_time(jax.jit(_inserted, donate_argnums=0))
+        self._take = one_at_a_time(jax.jit(_taken))
 
     def generate(
         self, weights: Weights, prompts: Sequence[Sequence[int]], *, max_new_tokens: int | Sequence[int], seed: int

@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding
 
 from jaxllm.layout import zero
 from jaxllm.layout.layout import Layout, pin
+from jaxllm.layout.mesh import one_at_a_time
 from jaxllm.layout.scope import joined
 
 Tree = Any
@@ -29,7 +30,7 @@ class Resharding:
         """All weights of a model, of its float32 parameters at rest and of what is held frozen."""
         if self._run is None:
             places = self._places(params, self._axes), self._places(frozen, self._frozen_axes)
-            self._run = jax.jit(self._moved, out_shardings=joined(*places))
+            self._run = one_at_a_time(jax.jit(self._moved, out_shardings=joined(*places)))
         return self._run(params, frozen)
 
     def _moved(self, params: Tree, frozen: Tree) -> Tree:

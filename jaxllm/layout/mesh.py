@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -78,6 +78,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         )
     grid = np.array(devices).reshape(tuple(shape[axis] for axis in AXES))
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def one_at_a_time(program: Callable[..., Any]) -> Callable[..., Any]:
+    """A jitted function whose results come back once the next program may follow it (`in_order`)."""
+    return lambda *arguments: in_order(program(*arguments))
 
 
 def in_order(results: Any) -> Any:

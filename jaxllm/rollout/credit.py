@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxllm.data.batch import Batch
 from jaxllm.layout.layout import Layout
+from jaxllm.layout.mesh import one_at_a_time
 from jaxllm.rollout.judge import Judged
 from jaxllm.steps.advantages import gae, group_advantages, kl_estimate, next_kl_weight, token_rewards, whiten
 from jaxllm.steps.alignment_config import GRPOConfig, PPOConfig
@@ -48,7 +49,7 @@ def make_credit(config: Config, layout: Layout) -> Callable[..., Credit]:
         }
         return Credit(found, metrics, jnp.asarray(following, jnp.float32))
 
-    return jax.jit(credit, out_shardings=Credit(rows, None, None))
+    return one_at_a_time(jax.jit(credit, out_shardings=Credit(rows, None, None)))
 
 
 def _ppo(config: Config, batch: Batch, judged: Judged, rewards: Any, is_whole: Any, kl_weight: Any):

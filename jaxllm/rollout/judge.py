@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.data.batch import Batch
 from jaxllm.layout.layout import Layout, as_dtype, use_layout
+from jaxllm.layout.mesh import one_at_a_time
 from jaxllm.layout.scope import Frozen, like
 from jaxllm.model.actor_critic import ActorCritic
 from jaxllm.model.head import where_written
@@ -66,7 +67,6 @@ def make_judge(
     def log_probs(model: Any, rows: Batch) -> Array:
         return experience.answer_log_probs(model, rows, options)
 
-    @jax.jit
     def judge(state: TrainState, scorer_own: Any, scorer_frozen: Any, rows: Batch) -> Judged:
         with use_layout(layout):
             own = where_written(said(actor, weights_of(state, spec, compute), log_probs, rows))
@@ -86,4 +86,4 @@ def make_judge(
                 scores = said(scorer, weights, experience.scores, rows)
         return Judged(own, reference, values, scores)
 
-    return judge
+    return one_at_a_time(jax.jit(judge))

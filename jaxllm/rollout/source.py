@@ -23,6 +23,7 @@ from jaxllm.errors import UserError
 from jaxllm.generate.continuous import Answer
 from jaxllm.layout.config import LayoutConfig, MeshConfig
 from jaxllm.layout.layout import Layout, make_layout
+from jaxllm.layout.mesh import one_at_a_time
 from jaxllm.model.spec import ModelSpec
 from jaxllm.rollout.credit import Credit, make_credit
 from jaxllm.rollout.judge import Judged, make_judge
@@ -98,12 +99,10 @@ class RolloutSource:
         self._options = step_options(self._step, config, self.tokenizer.vocab_size)
         self._writer = Writer(config, spec, layout, rollout_layout(config, layout), self.tokenizer, self.length)
         self._credit = make_credit(config, layout)
-        self._take = jax.jit(
-            lambda tree, rows: jax.tree.map(lambda leaf: leaf[rows], tree),
-            out_shardings=layout.sharding("batch", None),
-        )
+        pick = lambda tree, rows: jax.tree.map(lambda leaf: leaf[rows], tree)  # noqa: E731
+        self._take = one_at_a_time(jax.jit(pick, out_shardings=layout.sharding("batch", None)))
 
-    def begin(self, stored: dict[str, Any] | None, arrays: dict[str, Any], base_hash: str) -> None:
+    def begin(self, state: TrainState, stored: dict[str, Any] | None, arrays: dict[str, Any], base_hash: str) -> None:
         config, layout = self._config, self._layout
         self._reward_model = open_reward_model(config, layout, self.tokenizer, base_hash, self._say)
         a_time = config.data.batch_size // layout.num_microbatches

@@ -19,6 +19,11 @@ def check_alignment(config: Config) -> None:
             f"config.train.reference={config.train.reference}: train_step={name} as configured is held against no "
             "reference (kl_weight=0, or a loss without one). Leave it empty."
         )
+    if config.train.reference and name == "dpo" and config.dpo.reference == "precomputed":
+        raise UserError(
+            "config.dpo.reference=precomputed is computed by the model that the run starts from, and "
+            f"config.train.reference={config.train.reference} is another. Use --config.dpo.reference=alongside."
+        )
     if step.options:
         check_options(name, getattr(config, step.options))
     if step.draws:

@@ -116,7 +116,7 @@ def train(
         beginner = Beginner(config, workdir, spec, optimizer, layout, reference, source.tokenizer, report.say)
         state, start, data_state, arrays, identities = beginner.begin(checkpoints, abstract, source.abstract_arrays())
         loader, tokens_hash = (data_state["loader"], data_state["tokens_hash"]) if data_state else (None, 0)
-        source.begin(loader, arrays, identities["base"].get("parameter_hash", ""))
+        source.begin(state, loader, arrays, identities["base"].get("parameter_hash", ""))
         del arrays
         _write_run(config, source.tokenizer, workdir)
 

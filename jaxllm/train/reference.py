@@ -25,9 +25,16 @@ from jaxllm.train.forward import said_of_rows
 Tree = dict[str, Any]
 
 
+def is_precomputed(config: Config) -> bool:
+    """Whether a run has the log-probabilities of its reference from the start (train/precomputed.py)."""
+    return config.train_step == "dpo" and config.dpo.reference == "precomputed"
+
+
 def reference_kind(step: TrainStep, config: Config) -> str:
     """Which reference a run has: one of the kinds above."""
     if not step.options or not step.refers(getattr(config, step.options)):
+        return ""
+    if is_precomputed(config):
         return ""
     if config.adapter.kind == "none" or config.train.reference:
         return "model"

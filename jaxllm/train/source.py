@@ -17,6 +17,8 @@ from jaxllm.layout.mesh import in_order
 from jaxllm.model.spec import ModelSpec
 from jaxllm.steps import STEPS
 from jaxllm.train.config import Config
+from jaxllm.train.precomputed import PrecomputedReference
+from jaxllm.train.reference import is_precomputed
 from jaxllm.train.state import TrainState
 from jaxllm.train.train_step import make_eval_step
 
@@ -49,10 +51,11 @@ class Source(Protocol):
     def open(self, spec: ModelSpec, layout: Layout) -> None:
         """Makes ready to yield batches for this model under this layout."""
 
-    def begin(self, stored: dict[str, Any] | None, arrays: dict[str, Any], base_hash: str) -> None:
+    def begin(self, state: TrainState, stored: dict[str, Any] | None, arrays: dict[str, Any], base_hash: str) -> None:
         """Begins, or goes on where a checkpoint left off.
 
         Args:
+          state: that the run begins with.
           base_hash: of the parameters that the run trains an adapter for; "" where it trains a whole model.
         """
 
@@ -89,7 +92,8 @@ class DatasetSource:
 
     def __init__(self, setting: Setting):
         """Raises a UserError for what is wrong with data and config."""
-        self._config = config = setting.config
+        self._config, self._workdir = setting.config, setting.workdir
+        config = setting.config
         self.length = config.data.length or config.model.max_length
         kind = STEPS[config.train_step].batch
         rows = {"length": self.length, "kind": kind, "places": config.adapter.places}
@@ -106,14 +110,24 @@ class DatasetSource:
         config, self._layout = self._config, layout
         sharding = layout.sharding("batch", None)
         self._loader = self.data.train_loader(sharding, batch_size=config.data.batch_size, seed=config.seed)
+        self._reference = None
+        if is_precomputed(config):
+            self._reference = PrecomputedReference(config, self.data, spec, layout, self._workdir)
         self._eval_step = make_eval_step(STEPS[config.train_step], spec, config, layout, self.tokenizer.vocab_size)
 
-    def begin(self, stored: dict[str, Any] | None, arrays: dict[str, Any], base_hash: str) -> None:
+    def begin(self, state: TrainState, stored: dict[str, Any] | None, arrays: dict[str, Any], base_hash: str) -> None:
         if stored is not None:
             self._loader.restore(stored)
+        if self._reference is not None and stored is None:
+            self._reference.compute(state)
+        elif self._reference is not None:
+            self._reference.restore()
 
     def next(self, state: TrainState) -> Any:
-        return next(self._loader)
+        return self._referred(next(self._loader))
+
+    def _referred(self, batch: Any) -> Any:
+        return batch if self._reference is None else self._reference.referred(batch)
 
     def stepped(self, metrics: dict[str, jax.Array]) -> None:
         pass
@@ -145,7 +159,7 @@ class DatasetSource:
         sums: list[np.ndarray] = []
         with contextlib.closing(batches):
             for batch in islice(batches, config.train.eval_batches * microbatches or None):
-                waiting.append(in_order(self._eval_step(state, batch)))
+                waiting.append(in_order(self._eval_step(state, self._referred(batch))))
                 if len(waiting) > 1:  # one in work, one dispatched
                     sums.append(_in_float64(waiting.pop(0)))
         sums += map(_in_float64, waiting)

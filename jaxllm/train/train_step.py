@@ -7,22 +7,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array
 
-from jaxllm.data.batch import Vocabulary, row_random
+from jaxllm.data.batch import MAX_PAIRS, Vocabulary, row_random
 from jaxllm.data.packing import empty_row
 from jaxllm.layout.layout import Layout, as_dtype, use_layout
 from jaxllm.layout.scope import Frozen, joined, tensor_scope
 from jaxllm.model.actor_critic import CRITIC, ActorCritic
 from jaxllm.model.head import Loss
 from jaxllm.model.spec import ModelSpec, model_spec
-from jaxllm.steps import STEPS
+from jaxllm.steps import STEPS, dpo
 from jaxllm.steps.step import Metrics, TrainStep
 from jaxllm.train.config import Config
 from jaxllm.train.forward import summed_loss
 from jaxllm.train.learner import critic_scale, make_learners, step_options
-from jaxllm.train.reference import reference_kind, referred
+from jaxllm.train.reference import is_precomputed, reference_kind, referred
 from jaxllm.train.state import TrainState, abstract_state
 
 SCALE_PATIENCE = 2_000  # good steps after which a float16 loss scale doubles
@@ -87,6 +88,8 @@ def abstract_batch(config: Config, layout: Layout) -> Any:
     length = config.data.length or config.model.max_length
     no_text, any_vocabulary = empty_row(length, 0), Vocabulary(size=1, mask_id=0)
     row = STEPS[config.train_step].batch.make_row(no_text, row_random(0, 0), any_vocabulary, config.data)
+    if is_precomputed(config):
+        row = dpo.ReferredPairs(row, np.zeros(2 * MAX_PAIRS, np.float32))
     place = functools.partial(jax.ShapeDtypeStruct, sharding=layout.sharding("batch", None))
     return jax.tree.map(lambda leaf: place((config.data.batch_size, *leaf.shape), leaf.dtype), row)
 

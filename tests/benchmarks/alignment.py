@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxllm.generate.engine import Engine
@@ -70,11 +71,11 @@ def config_of(workdir: Path, step: str, path: Path, steps: int, learning_rate: f
 
 
 def train(config, workdir: Path) -> list[dict[str, Any]]:
-    """The records of a run; one that is there is not made again."""
+    """The records of a run on one device; one that is there is not made again."""
     if not (workdir / "metrics.jsonl").exists():
         draws = config.train_step in ("ppo", "grpo")
         how = {"open_source": RolloutSource} if draws else {}
-        loop.train(read_config(config), workdir, quiet=True, **how)
+        loop.train(read_config(config), workdir, devices=jax.devices()[:1], quiet=True, **how)
     return read_metrics(workdir / "metrics.jsonl")
 
 
@@ -180,25 +181,27 @@ def run_reward(workdir: Path) -> str:
     config.ppo.critic_init_from = str(workdir / "reward")
     records = [r for r in train(config, workdir / "ppo_on_model") if "reward_model" in r]
     return (
-        f"reward model: {ranked:.3f} of held-out pairs in order; PPO against it: its score {records[0]['reward_model']:.2f}"
-        f" -> {records[-1]['reward_model']:.2f}, the rule's reward {mean_reward(letters.base):.3f} -> "
+        f"reward model: {ranked:.3f} of held-out pairs in order; PPO against it: its score "
+        f"{records[0]['reward_model']:.2f} -> {records[-1]['reward_model']:.2f}, the rule's reward {mean_reward(letters.base):.3f} -> "
         f"{mean_reward(workdir / 'ppo_on_model'):.3f}"
     )
 
 
 def run_dpo(workdir: Path) -> str:
     letters = make_letters(workdir)
-    records = train(from_base(workdir, letters.base, "dpo", letters.pairs, 200, 3e-4), workdir / "dpo")
+    config = from_base(workdir, letters.base, "dpo", letters.pairs, 200, 3e-4)
+    config.dpo.update(beta=0.3, nll_weight=0.5)  # without the latter both responses become improbable
+    records = train(config, workdir / "dpo")
     return (
         f"DPO: loss {records[0]['loss']:.3f} -> {records[-1]['loss']:.3f}, held-out accuracy "
-        f"{records[-1]['eval_reward_accuracy']:.3f}, win rate over its start {win_rate(workdir / 'dpo', letters.base):.3f}"
-        f" (0.5 before), reward {mean_reward(letters.base):.3f} -> {mean_reward(workdir / 'dpo'):.3f}"
+        f"{records[-1]['eval_reward_accuracy']:.3f}, win rate over its start "
+        f"{win_rate(workdir / 'dpo', letters.base):.3f} (0.5 before), reward {mean_reward(letters.base):.3f} -> {mean_reward(workdir / 'dpo'):.3f}"
     )
 
 
-def make_reversal(workdir: Path, steps: int, letters: int = 6) -> tuple[Path, Path, Path]:
+def make_reversal(workdir: Path, steps: int, letters: int = 6, examples: int = 8_000) -> tuple[Path, Path, Path]:
     """A model that sometimes reverses letters, the prompts it learned from with their answers, held-out examples."""
-    task = write_task(workdir / "reversal", letters, 8_000)
+    task = write_task(workdir / "reversal", letters, examples)
     config = config_of(workdir, "sft", task.train, steps, 3e-3)
     config.data.update(tokenizer="bpe:281", chat_template=str(task.template), held_out=f"file:{task.held_out}")
     config.model.update(embed_dim=96, mlp_dim=256)
@@ -208,7 +211,7 @@ def make_reversal(workdir: Path, steps: int, letters: int = 6) -> tuple[Path, Pa
     return workdir / "sometimes", write_lines(workdir / "reversal_prompts.jsonl", records), task.held_out
 
 
-def run_grpo(workdir: Path, reward: str = "is_exact", steps: int = 200, sft_steps: int = 400) -> str:
+def run_grpo(workdir: Path, reward: str = "is_exact", steps: int = 200, sft_steps: int = 220) -> str:
     base, prompts, held_out = make_reversal(workdir, sft_steps)
     config = grpo_config(base, prompts, workdir, reward, steps)
     config.model.update(embed_dim=96, mlp_dim=256)
@@ -216,8 +219,8 @@ def run_grpo(workdir: Path, reward: str = "is_exact", steps: int = 200, sft_step
     told = [record for record in records if "equal_groups" in record]
     found = [[exact(run, held_out, t) for t in (1.0, 0.0)] for run in (base, workdir / reward)]
     return (
-        f"GRPO, {reward}: held-out answers exact, sampled {found[0][0]:.3f} -> {found[1][0]:.3f}, greedy {found[0][1]:.3f}"
-        f" -> {found[1][1]:.3f}; groups all alike {told[0]['equal_groups']:.2f} -> {told[-1]['equal_groups']:.2f}"
+        f"GRPO, {reward}: held-out answers exact, sampled {found[0][0]:.3f} -> {found[1][0]:.3f}, greedy "
+        f"{found[0][1]:.3f} -> {found[1][1]:.3f}; groups all alike {told[0]['equal_groups']:.2f} -> {told[-1]['equal_groups']:.2f}"
     )
 
 
