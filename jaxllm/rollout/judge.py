@@ -12,7 +12,6 @@ from jaxtyping import Array, Float
 
 from jaxllm.data.batch import Batch
 from jaxllm.layout.layout import Layout, as_dtype, use_layout
-from jaxllm.layout.mesh import one_at_a_time
 from jaxllm.layout.scope import Frozen, like
 from jaxllm.model.actor_critic import ActorCritic
 from jaxllm.model.head import where_written
@@ -86,4 +85,4 @@ def make_judge(
                 scores = said(scorer, weights, experience.scores, rows)
         return Judged(own, reference, values, scores)
 
-    return one_at_a_time(jax.jit(judge))
+    return jax.jit(judge)

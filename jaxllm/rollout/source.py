@@ -106,9 +106,8 @@ class RolloutSource:
         config, layout = self._config, self._layout
         self._reward_model = open_reward_model(config, layout, self.tokenizer, base_hash, self._say)
         a_time = config.data.batch_size // layout.num_microbatches
-        self._judge = make_judge(
-            self._step, self._spec, config, layout, self._options, self._answers // a_time, self._reward_model.spec
-        )
+        how = (self._options, self._answers // a_time, self._reward_model.spec)
+        self._judge = one_at_a_time(make_judge(self._step, self._spec, config, layout, *how))
         weight = getattr(self._group, "kl_weight", 0.0)
         self._at = self._at._replace(kl_weight=weight, next_kl_weight=weight, used=self._minibatches)
         if stored is not None:

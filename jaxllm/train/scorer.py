@@ -64,7 +64,7 @@ def restore_scorer(workdir: str, layout: Layout, tokenizer: Tokenizer, say: Call
         assert stored is not None, "check_scorer found a checkpoint"
         config = read_config(stored["config"])
         spec = model_spec(config.model.resolved(tokenizer.vocab_size), config.adapter)
-        restored = checkpoints.restore_params(_at_rest(spec, layout))
+        restored = checkpoints.restore_params(at_rest(spec, layout))
     assert restored is not None
     step, own, run = restored
     say(f"scores of {workdir}, step {step}, parameter hash {run['parameter_hash']}")
@@ -111,7 +111,9 @@ def restore_critic(
     return like(scorer.own, spec.critic.own(spec.critic.shapes))
 
 
-def _at_rest(spec: ModelSpec, layout: Layout) -> Params:
+def at_rest(spec: ModelSpec, layout: Layout) -> Params:
+    """A model's own parameters as `jax.ShapeDtypeStruct`s, spread as a state is."""
+
     def place(leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> jax.ShapeDtypeStruct:
         sharding = NamedSharding(layout.mesh, zero.state_spec(layout, axes, leaf.shape))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -123,9 +123,9 @@ def ppo_config(letters: Letters, workdir: Path, reward: str = "good_letters", st
 
 
 def grpo_config(base: Path, prompts: Path, workdir: Path, reward: str, steps: int):
-    """Sixteen prompts, eight answers each."""
-    config = with_rollouts(from_base(workdir, base, "grpo", prompts, steps, 5e-4), reward, 16, samples=8)
-    config.data.update(batch_size=64)
+    """Thirty-two prompts, eight answers each, in two minibatches."""
+    config = with_rollouts(from_base(workdir, base, "grpo", prompts, steps, 4e-4), reward, 32, samples=8)
+    config.data.update(batch_size=128)
     return config
 
 
@@ -182,8 +182,8 @@ def run_reward(workdir: Path) -> str:
     records = [r for r in train(config, workdir / "ppo_on_model") if "reward_model" in r]
     return (
         f"reward model: {ranked:.3f} of held-out pairs in order; PPO against it: its score "
-        f"{records[0]['reward_model']:.2f} -> {records[-1]['reward_model']:.2f}, the rule's reward {mean_reward(letters.base):.3f} -> "
-        f"{mean_reward(workdir / 'ppo_on_model'):.3f}"
+        f"{records[0]['reward_model']:.2f} -> {records[-1]['reward_model']:.2f}, the rule's reward "
+        f"{mean_reward(letters.base):.3f} -> {mean_reward(workdir / 'ppo_on_model'):.3f}"
     )
 
 
@@ -194,8 +194,9 @@ def run_dpo(workdir: Path) -> str:
     records = train(config, workdir / "dpo")
     return (
         f"DPO: loss {records[0]['loss']:.3f} -> {records[-1]['loss']:.3f}, held-out accuracy "
-        f"{records[-1]['eval_reward_accuracy']:.3f}, win rate over its start "
-        f"{win_rate(workdir / 'dpo', letters.base):.3f} (0.5 before), reward {mean_reward(letters.base):.3f} -> {mean_reward(workdir / 'dpo'):.3f}"
+        f"{records[-1]['eval_reward_accuracy']:.3f}, win rate over its start (0.5 before) "
+        f"{win_rate(workdir / 'dpo', letters.base):.3f}, reward {mean_reward(letters.base):.3f} -> "
+        f"{mean_reward(workdir / 'dpo'):.3f}"
     )
 
 
@@ -211,7 +212,7 @@ def make_reversal(workdir: Path, steps: int, letters: int = 6, examples: int = 8
     return workdir / "sometimes", write_lines(workdir / "reversal_prompts.jsonl", records), task.held_out
 
 
-def run_grpo(workdir: Path, reward: str = "is_exact", steps: int = 200, sft_steps: int = 220) -> str:
+def run_grpo(workdir: Path, reward: str = "is_exact", steps: int = 500, sft_steps: int = 220) -> str:
     base, prompts, held_out = make_reversal(workdir, sft_steps)
     config = grpo_config(base, prompts, workdir, reward, steps)
     config.model.update(embed_dim=96, mlp_dim=256)
@@ -220,7 +221,8 @@ def run_grpo(workdir: Path, reward: str = "is_exact", steps: int = 200, sft_step
     found = [[exact(run, held_out, t) for t in (1.0, 0.0)] for run in (base, workdir / reward)]
     return (
         f"GRPO, {reward}: held-out answers exact, sampled {found[0][0]:.3f} -> {found[1][0]:.3f}, greedy "
-        f"{found[0][1]:.3f} -> {found[1][1]:.3f}; groups all alike {told[0]['equal_groups']:.2f} -> {told[-1]['equal_groups']:.2f}"
+        f"{found[0][1]:.3f} -> {found[1][1]:.3f}; groups all alike {told[0]['equal_groups']:.2f} -> "
+        f"{told[-1]['equal_groups']:.2f}"
     )
 
 

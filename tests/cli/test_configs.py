@@ -20,11 +20,14 @@ DEVICES = {
     "bert_base.py": 8,
     "bert_wikitext.py": 1,
     "sft.py": 1,
+    "reward.py": 1,
+    "dpo.py": 1,
     "llama3_8b.py": 64,
     "moe_1t.py": 2048,
 }
 
 OF_A_BASE = ("lora.py", "qlora.py", "p_tuning.py", "prefix_tuning.py")
+WITH_ROLLOUTS = ("ppo.py", "grpo.py")
 
 
 @pytest.mark.parametrize(("name", "devices"), DEVICES.items())
@@ -39,7 +42,21 @@ def test_the_large_mixture_has_the_parameters_it_says():
 
 
 def test_every_config_is_tested():
-    assert {file.name for file in CONFIGS.glob("*.py")} == {name.partition(":")[0] for name in DEVICES} | {*OF_A_BASE}
+    named = {name.partition(":")[0] for name in DEVICES} | {*OF_A_BASE, *WITH_ROLLOUTS}
+    assert {file.name for file in CONFIGS.glob("*.py")} == named
+
+
+@pytest.mark.parametrize("name", WITH_ROLLOUTS)
+def test_configs_whose_model_writes(name, tmp_path):
+    """They want a reward, and fields of the mesh that they write under can be set."""
+    model = {"num_layers": 2, "embed_dim": 64, "vocab_size": 300, "positions": "rope", "max_length": 4096}
+    (tmp_path / "config.json").write_text(json.dumps({"model": model}))
+    rewarded = {"rollout.reward_model": "runs/reward", "rollout.mesh.model": "4"}
+    config = load_config(f"{CONFIGS / name}:{tmp_path}", rewarded)
+    check(config, 8)
+    assert config.rollout.mesh.model == 4 and config.train.init_from == str(tmp_path)
+    with pytest.raises(UserError, match=r"needs a reward: a function, --config\.rollout\.rewards=FILE\.py:NAME"):
+        check(load_config(f"{CONFIGS / name}:{tmp_path}", {}), 8)
 
 
 @pytest.mark.parametrize("name", OF_A_BASE)

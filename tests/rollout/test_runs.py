@@ -127,7 +127,7 @@ def test_grpo_learns_what_is_verified_and_nothing_from_a_coin(tmp_path):
     base, prompts, held_out = alignment.make_reversal(tmp_path, 120, letters=4, examples=3_000)
     found = {}
     for reward in ("is_exact", "coin"):
-        config = alignment.grpo_config(base, prompts, tmp_path, reward, 50)
+        config = alignment.grpo_config(base, prompts, tmp_path, reward, 80)
         config.model.update(embed_dim=96, mlp_dim=256)
         trained(config, tmp_path / reward)
         found[reward] = alignment.exact(tmp_path / reward, held_out, 1.0)
@@ -165,9 +165,8 @@ def test_a_killed_run_goes_on_bit_for_bit_in_the_middle_of_an_epoch(letters, tmp
     assert len({record["kl_weight"] for record in again if "kl_weight" in record}) == 2
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("step", ["ppo", "grpo"])
-def test_rollouts_under_layouts(letters, tmp_path, step, kind):
+@pytest.mark.parametrize("step, kind, number", [("ppo", "lora", 0), ("ppo", "full", 1), ("grpo", "full", 0)])
+def test_rollouts_under_layouts(letters, tmp_path, step, kind, number):
     """One rollout and what is learned from it: pipelined and ZeRO 3 training, other meshes for writing."""
     if step == "ppo":
         config = ppo(letters, tmp_path)
@@ -180,21 +179,21 @@ def test_rollouts_under_layouts(letters, tmp_path, step, kind):
     config.data.update(batch_size=32)
     config.train.update(steps=3, log_every=1)
     expected = trained(config, tmp_path / "one", devices=jax.devices()[:1])
-    for number, (mesh, layout, rollout) in enumerate([
+    mesh, layout, rollout = [
         ({"pipeline": 2, "data": 2, "model": 2}, {"num_microbatches": 2, "zero_stage": 1}, {"model": 1}),
         ({"data": 8}, {"zero_stage": 3}, {"data": 4, "model": 2}),
-    ]):  # fmt: skip
-        changed = config.copy_and_resolve_references()
-        changed.mesh.update(mesh)
-        changed.layout.update(layout | {"scan_layers": True})
-        changed.rollout.mesh.update(rollout)
-        found = trained(changed, tmp_path / str(number), devices=jax.devices())
-        written = [(tmp_path / run / "samples" / "00000001.jsonl").read_text() for run in ("one", str(number))]
-        answers = [[json.loads(line)["answer"] for line in text.splitlines()] for text in written]
-        assert answers[0] == answers[1]
-        for one, other in zip(found, expected, strict=True):
-            for name in ("loss", "grad_norm", *(["critic_loss"] if step == "ppo" else [])):
-                assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), (mesh, name, one["step"])
+    ][number]
+    changed = config.copy_and_resolve_references()
+    changed.mesh.update(mesh)
+    changed.layout.update(layout | {"scan_layers": True})
+    changed.rollout.mesh.update(rollout)
+    found = trained(changed, tmp_path / "layout", devices=jax.devices())
+    written = [(tmp_path / run / "samples" / "00000001.jsonl").read_text() for run in ("one", "layout")]
+    answers = [[json.loads(line)["answer"] for line in text.splitlines()] for text in written]
+    assert answers[0] == answers[1]
+    for one, other in zip(found, expected, strict=True):
+        for name in ("loss", "grad_norm", *(["critic_loss"] if step == "ppo" else [])):
+            assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), (mesh, name, one["step"])
 
 
 def test_early_stop_by_the_divergence(letters, tmp_path):
@@ -226,8 +225,8 @@ def test_bad_input(letters, reward_model, tmp_path):
     config = ppo(letters, tmp_path)
     make = lambda: config.copy_and_resolve_references()  # noqa: E731
     long = make()
-    long.rollout.max_new_tokens = 18
-    refuse(long, tmp_path, r"prompts.jsonl:1: this prompt has \d+ tokens, and a row has room for 6")
+    long.rollout.max_new_tokens = 20
+    refuse(long, tmp_path, r"prompts.jsonl:1: this prompt has \d+ tokens, and a row has room for 4")
     none = make()
     none.rollout.rewards = ""
     refuse(none, tmp_path, "config.train_step=ppo needs a reward")
