@@ -148,6 +148,12 @@ def describe(record: Mapping[str, float | int | str | None], seconds_left: float
         ("loss", "loss {:.4f}"),
         ("eval_loss", "eval loss {:.4f}"),
         ("eval_bits_per_char", "{:.3f} bits/char"),
+        ("reward", "reward {:.3f}"),
+        ("kl", "KL {:.2f}"),
+        ("response_length", "{:.0f} tokens an answer"),
+        ("eval_reward", "eval reward {:.3f}"),
+        ("accuracy", "accuracy {:.3f}"),
+        ("reward_accuracy", "accuracy {:.3f}"),
     ):
         if isinstance(record.get(name), float):
             parts.append(shown.format(record[name]))

@@ -1,7 +1,7 @@
 """config.dpo.reference=precomputed: what the reference says of all pairs, computed once, before the first step.
 
-Then no step needs the reference's weights. The table is kept in WORKDIR/reference_log_probs.npz: the model of a run that
-goes on has moved, and could not compute it again.
+Then no step needs the reference's weights. The table is kept in WORKDIR/reference_log_probs.npz: the model of a run
+that goes on has moved, and could not compute it again.
 """
 
 from pathlib import Path
