@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jaxllm.data.batch import Batch
-from jaxllm.layout.layout import Layout, as_dtype, use_layout
+from jaxllm.layout.layout import Layout, as_dtype, pin, use_layout
 from jaxllm.layout.scope import Frozen, like
 from jaxllm.model.actor_critic import ActorCritic
 from jaxllm.model.head import where_written
@@ -83,6 +84,7 @@ def make_judge(
                     held = Frozen(state.frozen, like(actor.held_axes(compute), state.frozen))
                 weights = Weights(scorer_own, scorer.own(scorer.axes), held)
                 scores = said(scorer, weights, experience.scores, rows)
+            scores = pin(scores, layout, P())  # few, and every process reads them all
         return Judged(own, reference, values, scores)
 
     return jax.jit(judge)

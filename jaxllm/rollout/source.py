@@ -251,4 +251,7 @@ def rollout_layout(config: Config, layout: Layout) -> Layout:
     model = mesh.model or layout.mesh.shape["model"]
     sizes = MeshConfig(replica=mesh.replica, data=mesh.data, expert=mesh.expert, model=model)
     group = LayoutConfig(zero_stage=0, attention=config.layout.attention, rules=config.layout.rules)
-    return make_layout(sizes, group, devices=devices)
+    try:
+        return make_layout(sizes, group, devices=devices)
+    except UserError as error:
+        raise UserError(str(error).replace("config.mesh", "config.rollout.mesh")) from error

@@ -227,6 +227,9 @@ def test_bad_input(letters, reward_model, tmp_path):
     long = make()
     long.rollout.max_new_tokens = 20
     refuse(long, tmp_path, r"prompts.jsonl:1: this prompt has \d+ tokens, and a row has room for 4")
+    folded = make()
+    folded.rollout.mesh.model = 3
+    refuse(folded, tmp_path, "config.rollout.mesh")
     none = make()
     none.rollout.rewards = ""
     refuse(none, tmp_path, "config.train_step=ppo needs a reward")
