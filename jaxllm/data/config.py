@@ -23,7 +23,7 @@ class DataConfig:
     )
     chat_template: str = ""  # chatml | llama3 | zephyr | plain | FILE.jinja; "": the tokenizer's own
     supervise: str = "completions"  # of examples: completions, or what the assistant says | all
-    truncation: str = "refuse"  # of examples longer than a row: refuse | cut | drop
+    truncation: str = "refuse"  # of examples, pairs and prompts longer than a row: refuse | cut | drop
     eval_overlap: int = 0  # tokens that evaluation windows of one document share as context; 0: half the length
     mask_fraction: float = 0.15  # of the tokens, that train_step=mlm hides
     shuffle: bool = True  # a global shuffle, a function of config.seed alone

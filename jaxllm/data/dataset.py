@@ -20,26 +20,25 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from jaxllm.config import one_of
 from jaxllm.data import shards
 from jaxllm.data.batch import MAX_PAIRS, PACKED, Batch, BatchKind, Vocabulary, row_random
-from jaxllm.data.chat_template import named_template
-from jaxllm.data.config import SUPERVISE, TRUNCATION, DataConfig
+from jaxllm.data.check_config import check_data, refuse_held_out_in_training
+from jaxllm.data.config import DataConfig
 from jaxllm.data.example_streams import (
     ExamplePiece,
     Taken,
     check_lengths,
+    mean_responses,
     read_pieces,
     taken_examples,
     write_example_streams,
 )
-from jaxllm.data.examples import parse_fields
 from jaxllm.data.held_out import HeldOut, Piece, read_held_out, split_documents
 from jaxllm.data.loader import DeviceBatches, EvaluationRows, Rows, StepRows, TrainLoader
 from jaxllm.data.open_tokenizer import nothing_to_train_on, open_tokenizer
-from jaxllm.data.packing import PACKINGS, EvaluationWindows, Examples, Packing, check_packing, empty_row
+from jaxllm.data.packing import PACKINGS, EvaluationWindows, Examples, Packing, empty_row
 from jaxllm.data.progress import Bar, no_progress_bar, progress_bar
-from jaxllm.data.sources import Component, Source, kind_of, open_components, open_source
+from jaxllm.data.sources import Source, kind_of, open_components, open_source
 from jaxllm.data.supervision import ExampleEncoder
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import UserError
@@ -234,6 +233,9 @@ class Dataset:
                 if streams
                 else f"{name}: nothing"
             )
+            if streams and self.kind.examples == 2:
+                chosen, rejected = mean_responses(streams)
+                lines.append(f"{name}: {chosen:,.1f} tokens in a chosen response, {rejected:,.1f} in a rejected")
             cut, dropped = (sum(counts) for counts in zip(*[t[1:] for t in taken], strict=True)) if taken else (0, 0)
             if cut or dropped:
                 lines.append(
@@ -272,11 +274,11 @@ def prepare(
     Raises:
       UserError: everything that can be wrong with config, files and text.
     """
-    _check(config, length, kind)
+    check_data(config, length, kind)
     held_out = read_held_out(config.held_out)
     components = open_components(config)
     if held_out.kind == "file":
-        _refuse_held_out_in_training(held_out, components, config.field)
+        refuse_held_out_in_training(held_out.path, components, config.field)
     if held_out.kind == "marker" and (len(components) > 1 or kind.examples):
         what = "examples" if kind.examples else "a mixture"
         raise UserError(f"config.data.held_out of {what} is a fraction or file:PATH, not a text to search for.")
@@ -308,33 +310,6 @@ def prepare(
 
 def _open(folders: Sequence[Path]) -> tuple[shards.TokenStream, ...]:
     return tuple(map(shards.TokenStream, folders))
-
-
-def _check(config: DataConfig, length: int, kind: BatchKind) -> None:
-    check_packing(config, kind)
-    one_of("config.data.supervise", config.supervise, SUPERVISE)
-    one_of("config.data.truncation", config.truncation, TRUNCATION)
-    parse_fields(config.fields)
-    named_template(config.chat_template)
-    if length < 2:
-        raise UserError(f"config.data.length={length} must be 2 or more.")
-    if not 0 <= config.eval_overlap < length:
-        raise UserError(
-            f"config.data.eval_overlap={config.eval_overlap} must be less than the {length} tokens of a row. "
-            f"0 stands for half of them, {length // 2}."
-        )
-
-
-def _refuse_held_out_in_training(held_out: HeldOut, components: Sequence[Component], field: str) -> None:
-    """A glob or a folder easily takes the held-out file in; every figure of an evaluation would then be flattered."""
-    source = open_source(kind_of(held_out.path), held_out.path, field)
-    held_out_files = {file.path.resolve() for file in getattr(source, "files", ())}
-    trained_on = [f.path for c in components for f in getattr(c.source, "files", ())]
-    if shared := [str(path) for path in trained_on if path.resolve() in held_out_files]:
-        raise UserError(
-            f"config.data.held_out='file:{held_out.path}': {shared[0]} is also one of the files that are trained on. "
-            "Move it out of config.data.path."
-        )
 
 
 def _tokens(
@@ -381,7 +356,8 @@ def _example_tokens(
 
     Of those tokens `places` are not an example's.
     """
-    encoder, per_record = ExampleEncoder(tokenizer, config.supervise), kind.examples
+    per_record = kind.examples
+    encoder = ExampleEncoder(tokenizer, config.supervise, allow_silence=per_record == 2)
     split = "all" if all_held_out else [held_out.kind, held_out.fraction]
     what = "examples" if per_record == 1 else "pairs"
     key = shards.cache_key(what, source.identity(), split, config.fields, *encoder.identity)

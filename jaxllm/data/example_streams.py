@@ -1,7 +1,7 @@
 """Examples on disk: read from their records, tokenised once, and which of them a run of a given length takes."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,7 +84,7 @@ class Taken(NamedTuple):
 def taken_examples(stream: TokenStream, length: int, truncation: str, per_record: int = 1) -> Taken:
     """Those that fit; with `truncation` "cut" also those too long of which something to learn is in the first part.
 
-    Of a record with several examples each is then cut to an even share of the row.
+    Of a record with several examples that part is an even share of the row, and what the others leave of theirs.
     """
     starts = np.asarray(stream.document_starts)
     fits = record_sizes(stream, per_record) <= length
@@ -97,6 +97,16 @@ def taken_examples(stream: TokenStream, length: int, truncation: str, per_record
 def record_sizes(stream: TokenStream, per_record: int) -> Int[np.ndarray, " records"]:
     """The tokens of each record, of all its examples."""
     return np.diff(np.asarray(stream.document_starts)).reshape(-1, per_record).sum(1)
+
+
+def mean_responses(streams: Sequence[TokenStream]) -> tuple[float, float]:
+    """The tokens that are learned of a chosen and of a rejected response, on average."""
+    learned = [[0, 0] for _ in streams]
+    for counts, stream in zip(learned, streams, strict=True):
+        documents = np.searchsorted(stream.document_starts, stream.supervised[:, 0], side="right") - 1
+        counts[:] = np.bincount(documents % 2, np.diff(stream.supervised)[:, 0], minlength=2)
+    chosen, rejected = np.sum(learned, 0) / (sum(stream.index.documents for stream in streams) // 2)
+    return float(chosen), float(rejected)
 
 
 def check_lengths(

@@ -92,7 +92,8 @@ class BestFit:
 class Examples:
     """Whole examples: several to a row where they fit (`fill_bins`), or one to a row; those of a record together.
 
-    Of an example longer than a row (or than its share of it) the start is taken. The rows are the same in every epoch.
+    Of an example longer than a row the start is taken; of a record, what an even share of the row or the other examples
+    leave. The rows are the same in every epoch.
     """
 
     def __init__(
@@ -118,8 +119,8 @@ class Examples:
         """
         self._start = np.asarray(document_starts)[:-1].reshape(-1, per_record)[taken]
         self._size = np.diff(document_starts).reshape(-1, per_record)[taken] + places
-        is_long = self._size.sum(1) > length
-        self._size[is_long] = np.minimum(self._size[is_long], length // per_record)
+        others = self._size.sum(1, keepdims=True) - self._size
+        self._size = np.minimum(self._size, np.maximum(length // per_record, length - others))
         self._size -= places
         one_each = np.arange(len(taken)), np.arange(1, len(taken) + 1)
         self._order, self._ends = fill_bins((self._size + places).sum(1), length) if together else one_each

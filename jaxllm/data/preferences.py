@@ -2,11 +2,11 @@
 
     {"prompt": …, "chosen": …, "rejected": …}          texts, or lists of messages; the prompt may be text beside lists
     {"chosen": …, "rejected": …}                       whole conversations, or texts, that begin with the same prompt
-    and "margin", a number: by how much the chosen is better
+    and "margin", a number: by how much the chosen is better; and "tools", of conversations
 
 Of texts without a prompt that are dialogues ("\\n\\nHuman: …\\n\\nAssistant: …", Bai et al. 2022), the prompt is what
-both share up to an "Assistant:"; with a chat template they are conversations. Of other texts it is what both share, up
-to white space.
+both share up to an "Assistant:". Of other texts it is what both share, up to white space. With a chat template,
+dialogues are conversations. In a conversation or a dialogue one of the two answers may be empty: it ends at once.
 """
 
 import itertools
@@ -16,7 +16,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxllm.data.chat_template import Message
-from jaxllm.data.examples import MISSING, Conversation, Example, PlainText, find_field, plain, read_messages
+from jaxllm.data.examples import (
+    MISSING,
+    Conversation,
+    Example,
+    PlainText,
+    find_field,
+    plain,
+    read_messages,
+    read_tools,
+)
 from jaxllm.data.sources import Record, text_field
 from jaxllm.errors import UserError
 
@@ -43,7 +52,7 @@ def read_pair(record: Record, fields: Mapping[str, str], *, dialogues: bool) -> 
         equals the rejected, a margin that is no number; with file and line.
     """
     where = record.origin
-    found = found_fields(record, fields, ("prompt", "chosen", "rejected", "margin"))
+    found = found_fields(record, fields, ("prompt", "chosen", "rejected", "margin", "tools"))
     for name in ("chosen", "rejected"):
         if found.get(name) is None:
             there = ", ".join(map(str, record.value)) or "none"
@@ -52,17 +61,20 @@ def read_pair(record: Record, fields: Mapping[str, str], *, dialogues: bool) -> 
                 f"{there}). Say which is which, for example --config.data.fields=chosen=better,rejected=worse."
             )
     chosen, rejected, prompt = found["chosen"], found["rejected"], found.get("prompt")
+    equal = UserError(f"{where}: '{fields['chosen']}' equals '{fields['rejected']}': there is nothing to prefer.")
     if chosen == rejected:
-        raise UserError(f"{where}: '{fields['chosen']}' equals '{fields['rejected']}': there is nothing to prefer.")
+        raise equal
     if isinstance(chosen, list) != isinstance(rejected, list):
         raise UserError(
             f"{where}: '{fields['chosen']}' is a {type(chosen).__name__} and '{fields['rejected']}' a "
             f"{type(rejected).__name__}: both must be texts, or both lists of messages."
         )
     if isinstance(chosen, list):
-        both = _conversations(prompt, chosen, rejected, fields, where)
+        both = _conversations(prompt, chosen, rejected, read_tools(found, where), fields, where)
     else:
         both = _texts(prompt, chosen, rejected, fields, where, dialogues)
+    if both[0] == both[1]:  # but for white space around what is said
+        raise equal
     return Pair(*both, _margin(found.get("margin"), fields["margin"], where))
 
 
@@ -79,12 +91,12 @@ def found_fields(record: Record, fields: Mapping[str, str], names: tuple[str, ..
 
 
 def _conversations(
-    prompt: Any, chosen: Any, rejected: Any, fields: Mapping[str, str], where: str
+    prompt: Any, chosen: Any, rejected: Any, tools: list[Any] | None, fields: Mapping[str, str], where: str
 ) -> list[Conversation]:
     said = [read_messages(value, fields[name], where) for name, value in (("chosen", chosen), ("rejected", rejected))]
     if isinstance(prompt, list):
         context = read_messages(prompt, fields["prompt"], where)
-        return [Conversation([*context, *messages], len(context)) for messages in said]
+        return [Conversation([*context, *messages], len(context), tools) for messages in said]
     shared = _num_shared(*[list(map(_key, messages)) for messages in said])
     if shared in (0, *map(len, said)):
         raise UserError(
@@ -92,7 +104,7 @@ def _conversations(
             f"{len(said[1])}: those they share are the prompt, and each must say something after it. Give the prompt "
             f"as a list of messages in '{fields['prompt']}'."
         )
-    return [Conversation(messages, shared) for messages in said]
+    return [Conversation(messages, shared, tools) for messages in said]
 
 
 def _num_shared(first: Sequence[Any], second: Sequence[Any]) -> int:
@@ -110,27 +122,38 @@ def _texts(
     texts = [text_field({fields[n]: v}, fields[n], where) for n, v in (("chosen", chosen), ("rejected", rejected))]
     if prompt is not None:
         before = text_field({fields["prompt"]: prompt}, fields["prompt"], where)
-        return [PlainText(before, _not_blank(text, before, fields, where)) for text in texts]
-    shared = shared_prompt(*texts)
-    if not shared.strip():
-        raise UserError(
-            f"{where}: '{fields['chosen']}' and '{fields['rejected']}' begin with nothing that they share, which "
-            f"would be the prompt. Give it in a field '{fields['prompt']}' (--config.data.fields=prompt=NAME)."
-        )
-    ends = [_not_blank(text.removeprefix(shared), shared, fields, where) for text in texts]
-    if dialogues and shared.startswith(HUMAN):
-        context = read_dialogue(shared.removesuffix(ASSISTANT))
-        return [Conversation([*context, *read_dialogue(ASSISTANT + end)], len(context)) for end in ends]
-    return [PlainText(shared, end) for end in ends]
+    else:
+        before = shared_prompt(*texts)
+        if not before.strip():
+            raise UserError(
+                f"{where}: '{fields['chosen']}' and '{fields['rejected']}' begin with nothing that they share and that "
+                f"could be the prompt. Give it in a field '{fields['prompt']}' (--config.data.fields=prompt=NAME)."
+            )
+        texts = [text.removeprefix(before) for text in texts]
+    context = read_dialogue_prompt(before)
+    if context is None or not any(text.strip() for text in texts):
+        for text in texts:
+            _refuse_blank(text, before, fields, where)
+    if context is None or not dialogues:
+        return [PlainText(before, text) for text in texts]
+    return [Conversation([*context, *read_dialogue(ASSISTANT + text)], len(context)) for text in texts]
 
 
 def shared_prompt(first: str, second: str) -> str:
-    """What two texts begin with: of dialogues up to an "Assistant:", of others up to white space."""
+    """What two texts begin with: of dialogues up to an "Assistant:" (nothing without one), of others to white space."""
     shared = first[: _num_shared(first, second)]
-    if first.startswith(HUMAN) and ASSISTANT in shared:
-        return shared[: shared.rindex(ASSISTANT) + len(ASSISTANT)]
+    if first.startswith(HUMAN) and second.startswith(HUMAN):
+        return shared[: shared.rindex(ASSISTANT) + len(ASSISTANT)] if ASSISTANT in shared else ""
     space = max(shared.rfind(" "), shared.rfind("\n"))
     return shared[: space + 1]
+
+
+def read_dialogue_prompt(text: str) -> list[Message] | None:
+    """The messages of a dialogue in which the assistant is to speak next; None of another text."""
+    before = text.rstrip()
+    if not (before.startswith(HUMAN) and before.endswith(ASSISTANT)):
+        return None
+    return read_dialogue(before.removesuffix(ASSISTANT))
 
 
 def read_dialogue(text: str) -> list[Message]:
@@ -140,13 +163,12 @@ def read_dialogue(text: str) -> list[Message]:
     return [{"role": "user" if name == HUMAN else "assistant", "content": said.strip()} for name, said in turns]
 
 
-def _not_blank(text: str, prompt: str, fields: Mapping[str, str], where: str) -> str:
+def _refuse_blank(text: str, prompt: str, fields: Mapping[str, str], where: str) -> None:
     if not text.strip():
         raise UserError(
             f"{where}: one of '{fields['chosen']}' and '{fields['rejected']}' says nothing after the prompt "
             f"{prompt[-40:]!r}, so there is nothing to prefer."
         )
-    return text
 
 
 def _margin(value: Any, field: str, where: str) -> float:

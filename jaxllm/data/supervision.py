@@ -44,9 +44,13 @@ class _Marked(NamedTuple):
 class ExampleEncoder:
     """Examples to tokens, by one tokenizer and its chat template."""
 
-    def __init__(self, tokenizer: Tokenizer, supervise: str = "completions"):
-        """`supervise`: "completions", or "all" for every token."""
-        self.tokenizer, self._all = tokenizer, supervise == "all"
+    def __init__(self, tokenizer: Tokenizer, supervise: str = "completions", *, allow_silence: bool = False):
+        """
+        Args:
+          supervise: "completions", or "all" for every token.
+          allow_silence: whether all that the assistant says may be empty: only what ends it is then learned.
+        """
+        self.tokenizer, self._all, self._allow_silence = tokenizer, supervise == "all", allow_silence
 
     @property
     def identity(self) -> list[object]:
@@ -117,7 +121,7 @@ class ExampleEncoder:
                 "plain or zephyr (with any tokenizer), chatml or llama3 (with their special tokens) or FILE.jinja."
             )
         if not self._all:
-            _refuse_silence(talk)
+            _refuse_silence(talk, self._allow_silence)
         variables = {"tools": talk.tools} if talk.tools else {}
         whole = template.render(talk.messages, add_generation_prompt=False, **variables)
         if self._all:
@@ -150,11 +154,11 @@ class ExampleEncoder:
         return EncodedExample(tokens, joined, text)
 
 
-def _refuse_silence(talk: Conversation) -> None:
+def _refuse_silence(talk: Conversation, allow_empty: bool) -> None:
     answers = [message for message in talk.messages[talk.num_context :] if message["role"] == "assistant"]
     if not answers:
         raise UserError("no message of the assistant, so there is nothing to learn.")
-    if not any(message["content"] or message.get("tool_calls") for message in answers):
+    if not allow_empty and not any(message["content"] or message.get("tool_calls") for message in answers):
         raise UserError("every message of the assistant is empty, so there is nothing to learn.")
 
 

@@ -45,6 +45,19 @@ def test_what_is_learned_is_marked(files, capsys):
     )
 
 
+def test_preferences_are_shown_as_pairs(files, capsys):
+    pair = {"prompt": TALK[:1], "chosen": TALK[1:], "rejected": [{**TALK[1], "content": "fox"}], "margin": 0.5}
+    (files / "a.jsonl").write_text(json.dumps(pair) + "\n" + json.dumps({**pair, "margin": 0}) + "\n", encoding="utf-8")
+    inspect(files, f"--workdir={files / 'run'}", "--limit=1")
+    shown = capsys.readouterr().out.replace(str(files), "")
+    assert shown == (
+        "--- /a.jsonl:1, chosen: 40 tokens, 9 of them learned, margin 0.5\n"
+        "<s><|user|>\n却说 </s></s>\n<|assistant|>\n⟦😀 the fox</s>⟧\n\n"
+        "--- /a.jsonl:1, rejected: 33 tokens, 2 of them learned\n"
+        "<s><|user|>\n却说 </s></s>\n<|assistant|>\n⟦fox</s>⟧\n\n"
+    )
+
+
 def test_of_a_run(files, capsys):
     """Its template and its settings, which the flags may change."""
     inspect(files, f"--workdir={files / 'run'}", "--limit=1")

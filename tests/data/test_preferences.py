@@ -66,14 +66,21 @@ def many(count=60):
     ({"prompt": "hi", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]}, "",
      (Conversation([ASK, GOOD], 1), Conversation([ASK, BAD], 1), 0)),
     ({"chosen": HH + " so", "rejected": HH + " no"}, "", (PlainText(HH, " so"), PlainText(HH, " no"), 0)),
+    ({"chosen": HH + " ", "rejected": HH + " no"}, "", (PlainText(HH, " "), PlainText(HH, " no"), 0)),
+    ({"prompt": [ASK], "chosen": [GOOD], "rejected": [BAD], "tools": "[{}]"}, "",
+     (Conversation([ASK, GOOD], 1, [{}]), Conversation([ASK, BAD], 1, [{}]), 0)),
 ])  # fmt: skip
 def test_formats(value, fields, expected):
     """Those of TRL: an explicit prompt and an implicit one, texts and conversations; and HH as it stands."""
     assert read(value, fields) == expected
 
 
-def test_dialogues_become_conversations():
-    chosen, rejected, _ = read({"chosen": HH + " so", "rejected": HH + " no\n\nHuman: x"}, dialogues=True)
+@pytest.mark.parametrize("value", [
+    {"chosen": HH + " so", "rejected": HH + " no\n\nHuman: x"},
+    {"prompt": HH, "chosen": " so", "rejected": " no\n\nHuman: x"},
+])  # fmt: skip
+def test_dialogues_become_conversations(value):
+    chosen, rejected, _ = read(value, dialogues=True)
     shared = [("user", "hi"), ("assistant", "yes?"), ("user", "why")]
     of = lambda talk: [(message["role"], message["content"]) for message in talk.messages]  # noqa: E731
     assert of(chosen) == [*shared, ("assistant", "so")] and chosen.num_context == 3
@@ -85,30 +92,40 @@ def test_dialogues_become_conversations():
     ({"prompt": "a", "chosen": "b"}, "no field 'rejected'.*its fields are prompt, chosen"),
     ({"prompt": "a", "chosen": "b", "rejected": [BAD]}, "'chosen' is a str and 'rejected' a list"),
     ({"prompt": "a", "chosen": "b", "rejected": " "}, "says nothing after the prompt 'a'"),
+    ({"chosen": HH + " ", "rejected": HH}, "says nothing after the prompt"),
     ({"chosen": "abc", "rejected": "xyz"}, "begin with nothing that they share"),
+    ({"chosen": "\n\nHuman: hi you\n\nAssistant: a", "rejected": "\n\nHuman: hi all\n\nAssistant: b"},
+     "begin with nothing that they share and that could be"),
     ({"chosen": [ASK, GOOD], "rejected": [GOOD]}, "share 0 messages of 2 and 1"),
     ({"chosen": [ASK, GOOD], "rejected": [ASK]}, "share 1 messages of 2 and 1"),
     ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "much"}, "'margin' is 'much'"),
     ("b", "a str, but each record must be an object"),
 ])  # fmt: skip
 def test_bad_records_are_named(value, says):
-    with pytest.raises(UserError, match=f"a.jsonl:7: .*{says}"):
+    with pytest.raises(UserError, match=rf"a\.jsonl:7: .*{says}"):
         read(value)
 
 
-def pairs_of(row):
+def test_dialogues_equal_but_for_white_space():
+    value = {"chosen": HH + " so", "rejected": HH + "  so\n"}
+    assert read(value)[:2] == (PlainText(HH, " so"), PlainText(HH, "  so\n"))
+    with pytest.raises(UserError, match=r"a\.jsonl:7: 'chosen' equals 'rejected'"):
+        read(value, dialogues=True)
+
+
+def pairs_of(row, places=0):
     """(number, prompt, chosen, rejected, margin) of each pair in a row; asserts what a row promises."""
     found = []
     last = int(row.segment_ids.max())
     assert last % 2 == 0 and last <= 2 * MAX_PAIRS
     for segment in range(1, last, 2):
         both = [row.segment_ids == s for s in (segment, segment + 1)]
-        texts = [row.tokens[where][~row.loss_mask[where]].tolist() for where in both]
+        texts = [row.tokens[where][~row.loss_mask[where]][places:].tolist() for where in both]
         said = [row.tokens[where][row.loss_mask[where]].tolist() for where in both]
         assert texts[0] == texts[1] and all(said)
         for where in both:
             assert row.positions[where].tolist() == list(range(where.sum()))
-            assert not row.loss_mask[where][0] and len(set(row.pair_ids[where])) == 1
+            assert not row.loss_mask[where][: places + 1].any() and len(set(row.pair_ids[where])) == 1
         assert row.pair_ids[both[0]][0] == row.pair_ids[both[1]][0] > 0
         assert not row.margins[both[0]][1:].any() and not row.margins[both[1]].any()
         found.append((row.pair_ids[both[0]][0], *map(tuple, (texts[0], *said)), row.margins[both[0]][0]))
@@ -116,28 +133,31 @@ def pairs_of(row):
     return found
 
 
-def all_pairs(batches):
+def all_pairs(batches, places=0):
     rows = [PairBatch(*row) for batch in batches for row in zip(*map(np.asarray, batch), strict=True)]
-    return [pair for row in rows for pair in pairs_of(row)]
+    return [pair for row in rows for pair in pairs_of(row, places)]
 
 
-@pytest.mark.parametrize("packing", ["best_fit", "none"])
-def test_rows_hold_whole_pairs(config, packing):
+@pytest.mark.parametrize("packing, places", [("best_fit", 0), ("best_fit", 3), ("none", 0)])
+def test_rows_hold_whole_pairs(config, packing, places):
     """Two segments each with one prompt, the chosen first; each pair once an epoch, with its number and margin."""
     write(config, records := list(many()))
     config = dataclasses.replace(config, packing=packing)
-    data = prepare(config, length=96, kind=PAIRS, progress=False)
+    data = prepare(config, length=96, kind=PAIRS, places=places, progress=False)
     rows = data.rows_an_epoch()
     assert (rows == 60) == (packing == "none")
-    found = all_pairs([next(data.train_loader(ONE, batch_size=rows, seed=0))])
+    found = all_pairs([next(data.train_loader(ONE, batch_size=rows, seed=0))], places)
     assert sorted(number for number, *_ in found) == list(range(1, 61)) and data.num_pairs == 60
     for number, prompt, chosen, rejected, margin in found:
         texts = [data.tokenizer.decode(ids).strip() for ids in (prompt, chosen, rejected)]
         record = records[number - 1]
         assert texts == [record[name].strip() for name in ("prompt", "chosen", "rejected")]
         assert margin == np.float32(record.get("margin", 0))
-    assert data.describe()[1].startswith("train: 60 pairs, ")
-    assert sorted(all_pairs(data.every_pair(ONE, batch_size=2))) == sorted(found)
+    told = data.describe()
+    assert told[1].startswith("train: 60 pairs, ")
+    means = [np.mean([len(pair[i]) for pair in found]) for i in (2, 3)]
+    assert told[2] == f"train: {means[0]:.1f} tokens in a chosen response, {means[1]:.1f} in a rejected"
+    assert sorted(all_pairs(data.every_pair(ONE, batch_size=2), places)) == sorted(found)
 
 
 def test_a_row_has_a_most_of_pairs(config):
@@ -169,26 +189,57 @@ def test_pairs_too_long_for_a_row(config):
     dropped = prepare(dataclasses.replace(config, truncation="drop"), length=96, kind=PAIRS, progress=False)
     assert len(all_pairs(dropped.every_pair(ONE, batch_size=1))) == 1
     cut = prepare(dataclasses.replace(config, truncation="cut"), length=96, kind=PAIRS, progress=False)
-    found = all_pairs(cut.every_pair(ONE, batch_size=1))
-    assert [len(prompt) + len(chosen) for number, prompt, chosen, *_ in found if number == 2] == [48]
+    found = {
+        number: (prompt + chosen, prompt + no)
+        for number, prompt, chosen, no, _ in all_pairs(cut.every_pair(ONE, batch_size=1))
+    }
+    encode = cut.tokenizer.encode
+    whole = [[cut.tokenizer.bos_id, *encode("why? "), *encode(long[name])] for name in ("chosen", "rejected")]
+    assert list(found[2][1]) == [*whole[1], cut.tokenizer.eos_id]
+    assert list(found[2][0]) == whole[0][: 96 - len(found[2][1])]
+    assert "train: longer than a row: 1 cut, 0 left out (config.data.truncation=cut)" in cut.describe()
 
 
-def test_the_hh_file(shared_file, config):
-    """All 2,312 pairs, raw; some are equal and are named."""
-    path = shared_file("hh_rlhf_harmless_test.jsonl.gz")
-    fields = parse_fields("")
-    read, refused = 0, []
+def test_a_mixture_draws_pairs_by_weight(config, tmp_path):
+    """Each with a number of its own over all streams, whatever is held out of each."""
+    write(config, many(30))
+    with open(tmp_path / "b.jsonl", "w") as file:
+        file.writelines(json.dumps({"prompt": f"{n}! ", "chosen": "dog", "rejected": "fox"}) + "\n" for n in range(10))
+    path = f"jsonl:{config.path}=3,jsonl:{tmp_path}/b.jsonl=1"
+    mixed = dataclasses.replace(config, source="mixture", path=path, packing="none", held_out="0.1")
+    data = prepare(mixed, length=96, kind=PAIRS, progress=False)
+    numbers = [number for number, *_ in all_pairs([next(data.train_loader(ONE, batch_size=36, seed=0))])]
+    assert len(set(numbers)) == 36 and sum(number <= 27 for number in numbers) == 27 and max(numbers) == 36
+    assert sorted(number for number, *_ in all_pairs(data.every_pair(ONE, batch_size=4))) == list(range(1, 41))
+
+
+def test_pairs_are_not_supervised_whole(config):
+    write(config, many())
+    with pytest.raises(UserError, match=r"config\.data\.supervise=all: of pairs the responses are compared"):
+        prepare(dataclasses.replace(config, supervise="all"), length=96, kind=PAIRS, progress=False)
+
+
+@pytest.mark.parametrize("template", ["", "zephyr"])
+def test_the_hh_file(shared_file, config, template):
+    """All 2,312 pairs, raw, as texts or as conversations; in four of them an answer is empty, and only ends."""
+    path = str(shared_file("hh_rlhf_harmless_test.jsonl.gz"))
+    config = dataclasses.replace(config, path=path, chat_template=template)
+    data = prepare(config, length=1 << 14, kind=PAIRS, progress=False)
+    assert data.num_pairs == 2312 and data.describe()[1].startswith("train: 2,312 pairs, ")
+    (stream,), silent = data.train, 0
     with gzip.open(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                pair = read_pair(Record(json.loads(line), f"hh:{number}"), fields, dialogues=True)
-            except UserError as error:
-                refused.append(str(error))
-                continue
-            read += 1
-            context = pair.chosen.messages[: pair.chosen.num_context]
-            assert context == pair.rejected.messages[: pair.rejected.num_context] and context[-1]["role"] == "user"
-            assert all(talk.messages[talk.num_context]["role"] == "assistant" for talk in pair[:2])
-    assert read + len(refused) == 2312 and len(refused) < 30, refused[:5]
-    assert all("equals" in message or "says nothing" in message for message in refused)
-    print(read, refused[:3])
+        texts = [json.loads(line)[name] for line in file for name in ("chosen", "rejected")]
+    prompts = []
+    for text, start, end in zip(texts, stream.document_starts[:-1], stream.document_starts[1:], strict=True):
+        tokens, learned = stream.read(start, end - start), stream.is_supervised(start, end - start)
+        first = int(np.argmax(learned))
+        shown = data.tokenizer.decode(tokens.tolist())
+        prompts.append(tokens[:first].tolist())
+        silent += not data.tokenizer.decode(tokens[first:][learned[first:]].tolist()).strip()
+        if template:
+            assert shown.count("\n<|assistant|>\n") == text.count("\n\nAssistant:")
+            assert data.tokenizer.decode(prompts[-1]).endswith("\n<|assistant|>\n")
+        else:
+            assert shown.strip() == text.strip() and learned[first:].all()
+            assert data.tokenizer.decode(prompts[-1]).endswith("\n\nAssistant:")
+    assert prompts[::2] == prompts[1::2] and silent == 4

@@ -34,8 +34,14 @@ def write(config, records):
     ({"messages": [ASK, SAID]}, [ASK], {"messages"}),
     ({"messages": [ASK, SAID, ASK]}, [ASK, SAID, ASK], {"messages"}),
     ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "x"}]}, [ASK], {"conversations"}),
-    ({"chosen": [ASK, SAID], "rejected": [ASK, {**SAID, "content": "no"}]}, [ASK], {"chosen", "rejected"}),
-    ({"chosen": HH + " so", "rejected": HH + " no"}, [ASK], {"chosen", "rejected"}),
+    ({"chosen": [ASK, SAID], "rejected": [ASK, {**SAID, "content": "no"}]}, [ASK],
+     {"prompt", "chosen", "rejected"}),
+    ({"prompt": "hi", "chosen": [ASK, SAID], "rejected": [ASK, {**SAID, "content": "no"}]}, [ASK],
+     {"prompt", "chosen", "rejected"}),
+    ({"prompt": "a ", "chosen": "b", "rejected": "c"}, "a ", {"prompt"}),
+    ({"prompt": "a ", "completion": "b"}, "a ", {"prompt"}),
+    ({"chosen": HH + " so", "rejected": HH + " no"}, [ASK], {"prompt", "chosen", "rejected"}),
+    ({"prompt": HH}, [ASK], {"prompt"}),
     ({"instruction": "hi", "output": "the fox"}, [ASK], {"instruction", "input"}),
 ])  # fmt: skip
 def test_formats(value, expected, used):
@@ -71,10 +77,44 @@ def test_texts_columns_and_order(config):
     assert as_given.identity != prompts.identity
 
 
+def test_a_mixture_draws_prompts_by_weight(config, tmp_path):
+    """In proportion at every position, and each prompt of a component as often as its others."""
+    write(config, [{"prompt": f"{n}?", "answer": n} for n in range(12)])
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"prompt": f"{n}!", "answer": -1}) + "\n" for n in range(2)))
+    path = f"jsonl:{config.path}=3,jsonl:{tmp_path}/b.jsonl=1"
+    prompts = prepare_prompts(dataclasses.replace(config, source="mixture", path=path), max_prompt_length=30)
+    drawn = [prompts.at(position, seed=1) for position in range(32)]
+    assert sum(prompt.columns["answer"] < 0 for prompt in drawn[:16]) == 4
+    numbers = [prompt.columns["answer"] for prompt in drawn if prompt.columns["answer"] >= 0]
+    assert sorted(numbers[:12]) == sorted(numbers[12:]) == list(range(12)) and numbers[:12] != numbers[12:]
+    other = prepare_prompts(
+        dataclasses.replace(config, source="mixture", path=path.replace("=3", "=2")), max_prompt_length=30
+    )
+    assert prompts.identity != other.identity
+
+
+def test_tools_are_shown_to_the_template(config, tmp_path):
+    (tmp_path / "a.jinja").write_text("{{ tools[0].name }}: {{ messages[0].content }}")
+    write(config, [{"prompt": [ASK], "tools": [{"name": "fox"}]}])
+    config = dataclasses.replace(config, chat_template=str(tmp_path / "a.jinja"))
+    (prompt,) = prepare_prompts(config, max_prompt_length=40).train
+    assert prompt.text == "fox: hi" and prompt.columns == {"tools": [{"name": "fox"}]}
+
+
+def test_what_is_held_out(config, tmp_path):
+    """A file that is not trained on."""
+    write(config, [{"prompt": f"{n}?"} for n in range(4)])
+    (tmp_path / "b.jsonl").write_text('{"prompt": "why?"}\n')
+    prompts = prepare_prompts(dataclasses.replace(config, held_out=f"file:{tmp_path}/b.jsonl"), max_prompt_length=9)
+    assert (len(prompts.train), [prompt.text for prompt in prompts.held_out]) == (4, ["why?"])
+    with pytest.raises(UserError, match=r"a\.jsonl is also one of the files that are trained on"):
+        prepare_prompts(dataclasses.replace(config, held_out=f"file:{config.path}"), max_prompt_length=9)
+
+
 def test_conversations_end_where_the_assistant_begins(config):
     write(config, [{"prompt": [ASK]}])
     (prompt,) = prepare_prompts(dataclasses.replace(config, chat_template="zephyr"), max_prompt_length=40).train
-    assert prompt.text.endswith("hi\n<|assistant|>\n") or prompt.text.endswith("<|assistant|>\n")
+    assert prompt.text == "<s><|user|>\nhi</s>\n<|assistant|>\n"
     with pytest.raises(UserError, match="a conversation needs a chat template"):
         prepare_prompts(config, max_prompt_length=40)
 
@@ -86,7 +126,14 @@ def test_prompts_too_long(config):
     dropped = prepare_prompts(dataclasses.replace(config, truncation="drop"), max_prompt_length=16)
     assert [prompt.text for prompt in dropped.train] == ["hi"] and dropped.dropped == 1
     cut = prepare_prompts(dataclasses.replace(config, truncation="cut"), max_prompt_length=16)
-    assert len(cut.train[1].ids) == 16 and "1 lost their beginning" in cut.describe()[-1]
+    bos, text = cut.tokenizer.bos_id, "the fox " * 40
+    assert cut.train[1].ids == [bos, *cut.tokenizer.encode(text)[-15:]]
+    assert "1 lost their beginning" in cut.describe()[-1]
+    write(config, [{"prompt": "the fox " * 40}])
+    with pytest.raises(UserError, match="no prompt is short enough for the 16 tokens"):
+        prepare_prompts(dataclasses.replace(config, truncation="drop"), max_prompt_length=16)
+    with pytest.raises(UserError, match=r"config\.data\.truncation='cutt' is unknown. Did you mean 'cut'"):
+        prepare_prompts(dataclasses.replace(config, truncation="cutt"), max_prompt_length=16)
 
 
 def test_a_tokenizer_is_not_trained_on_prompts(config):

@@ -1,11 +1,11 @@
-"""`jaxllm instructions --inspect`: looks into files of examples for supervised fine-tuning."""
+"""`jaxllm instructions --inspect`: looks into files of examples, for fine-tuning or of preferences."""
 
 import dataclasses
 import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +14,10 @@ from jaxllm.cli.flags import Parser
 from jaxllm.errors import UserError
 
 if TYPE_CHECKING:
+    from jaxllm.data.batch import BatchKind
     from jaxllm.data.config import DataConfig
     from jaxllm.data.example_streams import ExamplePiece
+    from jaxllm.data.sources import Source
     from jaxllm.data.supervision import EncodedExample
     from jaxllm.data.tokenizer import Tokenizer
 
@@ -25,7 +27,8 @@ EXAMPLES = """\
     --config.data.fields=instruction=question,output=answer
   jaxllm instructions --inspect chats.jsonl --config configs/sft.py:runs/base --limit 0
 
-Each example is shown as the model sees it, special tokens by name; what is learned is coloured, or between ⟦ and ⟧."""
+Each example is shown as the model sees it, special tokens by name; what is learned is coloured, or between ⟦ and ⟧.
+Of a preference the chosen response is shown with its prompt, and then the rejected."""
 
 MARKS = ("⟦", "⟧")
 COLOURS = ("\033[30;42m", "\033[0m")
@@ -49,16 +52,33 @@ def main(argv: list[str]) -> int:
     options, overrides = parser.parse_with_overrides(argv)
     config = _data_config(options, overrides)
 
+    from jaxllm.data import batch
     from jaxllm.data.example_streams import read_pieces
     from jaxllm.data.held_out import HeldOut
     from jaxllm.data.sources import kind_of, open_source
 
+    tokenizer = _tokenizer(config)
     source = open_source(options.source or kind_of(options.inspect), options.inspect, config.field)
-    pieces = islice(read_pieces(source, HeldOut(), config.fields), options.limit or None)
+    kind = batch.PAIRS if _holds_pairs(source, config.fields) else batch.EXAMPLES
+    pieces = read_pieces(source, HeldOut(), config.fields, kind, dialogues=tokenizer.chat_template is not None)
+    pieces = islice(pieces, kind.examples * options.limit or None)
     colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    for shown in _shown(pieces, _tokenizer(config), config.supervise, COLOURS if colours else MARKS):
+    for shown in _shown(pieces, kind, tokenizer, config.supervise, COLOURS if colours else MARKS):
         print(shown)
     return 0
+
+
+def _holds_pairs(source: "Source", fields: str) -> bool:
+    """Whether its first record is a preference."""
+    from jaxllm.data.examples import MISSING, find_field, parse_fields
+
+    names = parse_fields(fields, text=source.field)
+    first = next(iter(source.records()), None)
+    return (
+        first is not None
+        and isinstance(first.value, Mapping)
+        and all(find_field(first.value, names[name]) is not MISSING for name in ("chosen", "rejected"))
+    )
 
 
 def _data_config(options: Namespace, overrides: Mapping[str, str]) -> "DataConfig":
@@ -97,14 +117,23 @@ def _tokenizer(config: "DataConfig") -> "Tokenizer":
 
 
 def _shown(
-    pieces: Iterator["ExamplePiece"], tokenizer: "Tokenizer", supervise: str, marks: tuple[str, str]
+    pieces: Iterator["ExamplePiece"],
+    kind: "BatchKind",
+    tokenizer: "Tokenizer",
+    supervise: str,
+    marks: tuple[str, str],
 ) -> Iterator[str]:
     from jaxllm.data.supervision import ExampleEncoder
 
-    encoder = ExampleEncoder(tokenizer, supervise)
-    for piece in pieces:
+    names = ("",) if kind.examples == 1 else (", chosen", ", rejected")
+    encoder = ExampleEncoder(
+        tokenizer, supervise if kind.examples == 1 else "completions", allow_silence=len(names) > 1
+    )
+    for name, piece in zip(cycle(names), pieces, strict=False):
         (encoded,) = encoder.encode([piece.example], [piece.origin])
-        yield f"--- {piece.origin}: {len(encoded.tokens):,} tokens, {encoded.num_supervised:,} of them learned"
+        margin = f", margin {piece.margin:g}" if piece.margin else ""
+        counts = f"{len(encoded.tokens):,} tokens, {encoded.num_supervised:,} of them learned"
+        yield f"--- {piece.origin}{name}: {counts}{margin}"
         yield _marked(encoded, tokenizer, marks)
 
 
