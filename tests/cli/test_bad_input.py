@@ -83,7 +83,8 @@ FIELDS = {
     "a step that the model is not for": (
         "train_step=mlm",
         "config.train_step=mlm does not go with config.model.causal=True: a token sees only what comes before it. "
-        "Use --config.train_step=pretrain or sft or lora or prompt, or --config.model.causal=False.",
+        "Use --config.train_step=pretrain or sft or lora or prompt or reward or dpo or ppo or grpo, or "
+        "--config.model.causal=False.",
     ),
     "all tokens masked": ("data.mask_fraction=1.0", "config.data.mask_fraction=1.0 must be between 0 and 1."),
     "unknown optimizer": ("optimizer.name=adam", "config.optimizer.name='adam' is unknown. Did you mean 'adamw'?"),
