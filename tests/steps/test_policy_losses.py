@@ -243,6 +243,30 @@ def test_estimates_of_the_divergence():
         check_options("ppo", PPOConfig(kl_estimator="k4"))
 
 
+def test_metrics_and_the_entropy_by_the_formula():
+    """In float64; more entropy is less loss."""
+    entropy, ratio = np.abs(VALUES), np.exp(np.float64(NEW) - OLD)
+    count = MASK.sum()
+    mean = lambda x: x[MASK].sum() / count  # noqa: E731
+    low, high = (ratio < 0.8) & (ADVANTAGES < 0), (ratio > 1.28) & (ADVANTAGES > 0)
+    expected = {
+        "ratio": mean(ratio),
+        "policy_kl": mean(ratio - 1 - np.log(ratio)),
+        "entropy": mean(entropy),
+        "clip_low_fraction": mean(low),
+        "clip_high_fraction": mean(high),
+        "clip_fraction": mean(low | high),
+    }
+    group = lambda **how: grpo_loss(NEW, OLD, None, ADVANTAGES, MASK, entropy, 9, GRPOConfig(**how))  # noqa: E731
+    actor = lambda **how: policy_loss(NEW, OLD, ADVANTAGES, MASK, entropy, PPOConfig(**how))  # noqa: E731
+    for name, value in expected.items():
+        metric = group().metrics[name]
+        assert float(metric.total / metric.count) == pytest.approx(value, rel=1e-5), name
+    for loss in (group, actor):
+        gained = float((loss().total - loss(entropy_weight=0.5).total) / count)
+        assert gained == pytest.approx(0.5 * mean(entropy), rel=1e-4)
+
+
 def test_explained_variance():
     metrics = value_loss(VALUES, OLD_VALUES, RETURNS, MASK, PPOConfig()).metrics
     told = explained_variance({name: mean.total / mean.count for name, mean in metrics.items()})
