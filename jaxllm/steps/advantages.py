@@ -9,18 +9,23 @@ from jaxtyping import Array, Bool, Float
 
 Tokens = Float[Array, "batch length"]
 Mask = Bool[Array, "batch length"]
+LARGEST_LOG_RATIO = 20.0  # beyond it a ratio of probabilities would overflow; what lies there has no gradient
 
 
 def kl_estimate(log_p: Tokens, reference_log_p: Tokens, estimator: str) -> Tokens:
     """An estimate of KL(p, reference) from a token drawn from p, nats (Schulman 2020, "Approximating KL divergence").
 
     With d = log p - log reference: k1 = d; k2 = d^2 / 2; k3 = exp(-d) - 1 + d, which is never negative. k1 has the
-    right mean but, in a loss, a gradient that does not know the reference: there it must not be.
+    right mean but, in a loss, a gradient that does not know the reference: there it must not be. k3 takes d to be at
+    most 20 from 0.
     """
     d = log_p - reference_log_p
     if estimator == "k1":
         return d
-    return d * d / 2 if estimator == "k2" else jnp.expm1(-d) + d
+    if estimator == "k2":
+        return d * d / 2
+    d = jnp.clip(d, -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    return jnp.expm1(-d) + d
 
 
 def token_rewards(
@@ -32,7 +37,7 @@ def token_rewards(
     estimator: str,
 ) -> Tokens:
     """-kl_weight * (divergence from the reference) on each token of an answer; its score on the last besides."""
-    last = mask & ~jnp.roll(mask, -1, axis=1).at[:, -1].set(False)
+    last = mask & (jnp.cumsum(mask, axis=1) == mask.sum(axis=1, keepdims=True))
     penalty = kl_weight * kl_estimate(log_p, reference_log_p, estimator)
     return jnp.where(mask, -penalty, 0) + jnp.where(last, scores[:, None], 0)
 

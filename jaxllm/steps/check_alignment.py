@@ -45,7 +45,7 @@ def check_options(name: str, group: Any) -> None:
             raise UserError(f"{where} must be from 0 to 1.")
         if field == "epochs" and value < 1:
             raise UserError(f"{where} must be 1 or more.")
-        if field == "clip_low" and not value < 1:
+        if field in ("clip", "clip_low") and not value < 1:
             raise UserError(f"{where} must be below 1: a ratio of probabilities is never below 0.")
     if name == "dpo":
         _check_dpo(group)
@@ -61,6 +61,18 @@ def check_options(name: str, group: Any) -> None:
 
 
 def _check_dpo(group: names.DPOConfig) -> None:
+    for field, loss in (("margin", "simpo"), ("odds_weight", "orpo")):
+        value = getattr(group, field)
+        if group.loss != loss and value != getattr(names.DPOConfig(), field):
+            raise UserError(
+                f"config.dpo.{field}={value:g} is of loss={loss} alone; loss={group.loss} has none. "
+                f"Leave it out, or use --config.dpo.loss={loss}."
+            )
+    if group.loss == "orpo" and group.beta != names.DPOConfig().beta:
+        raise UserError(
+            f"config.dpo.beta={group.beta:g}: loss=orpo has none. Its lambda, which some call beta, is "
+            "config.dpo.odds_weight."
+        )
     if not 0 <= group.label_smoothing < 0.5:
         raise UserError(f"config.dpo.label_smoothing={group.label_smoothing:g} must be from 0 to below 0.5.")
     if group.label_smoothing and group.loss not in names.SMOOTHED:

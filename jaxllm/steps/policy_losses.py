@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxllm.model.head import Loss, Mean
-from jaxllm.steps.advantages import kl_estimate
+from jaxllm.steps.advantages import LARGEST_LOG_RATIO, kl_estimate
 from jaxllm.steps.alignment_config import GRPOConfig, PPOConfig
 
 Tokens = Float[Array, "batch length"]
 Mask = Bool[Array, "batch length"]
 Metrics = dict[str, Float[Array, ""]]
-LARGEST_LOG_RATIO = 20.0  # beyond it the ratio of probabilities would overflow; no clip keeps such a token
+ROUNDING = 1e-6  # a variance that is no more of the mean square is float32's rounding
 
 
 def policy_loss(
@@ -60,22 +60,24 @@ def value_loss(values: Tokens, old_values: Tokens, returns: Tokens, mask: Mask, 
 def explained_variance(metrics: Metrics) -> Metrics:
     """The metrics of `value_loss` with explained_variance = 1 - Var(V - R) / Var(R) in place of the moments.
 
-    Metrics without those moments stay as they are.
+    It is 0 where the returns are all the same. Metrics without those moments stay as they are.
     """
     if "return_squared" not in metrics:
         return metrics
     rest = dict(metrics)
     error, squared = rest.pop("error"), rest.pop("error_squared")
-    variance = rest.pop("return_squared") - rest["return"] ** 2
-    unexplained = (squared - error**2) / jnp.where(variance > 0, variance, 1)
-    return rest | {"explained_variance": jnp.where(variance > 0, 1 - unexplained, 0)}
+    mean_square = rest.pop("return_squared")
+    variance = mean_square - rest["return"] ** 2
+    varies = variance > ROUNDING * mean_square
+    unexplained = (squared - error**2) / jnp.where(varies, variance, 1)
+    return rest | {"explained_variance": jnp.where(varies, 1 - unexplained, 0)}
 
 
 def grpo_loss(
     log_p: Tokens,
     old_log_p: Tokens,
     reference_log_p: Tokens | None,
-    advantages: Tokens,
+    advantages: Tokens | Float[Array, " batch"],
     mask: Mask,
     entropy: Tokens,
     max_new_tokens: int,
@@ -89,8 +91,12 @@ def grpo_loss(
     - token_mean: the mean over all tokens (DAPO).
     - max_length: the sum over all tokens, by answers x max_new_tokens (Liu et al. 2025, Dr. GRPO).
 
+    Args:
+      advantages: of tokens, or of whole answers.
+
     Metrics: those of `policy_loss`, with clip_low_fraction and clip_high_fraction; kl_reference (k3, nats a token).
     """
+    advantages = advantages[:, None] if advantages.ndim == 1 else advantages
     ratio = _ratio(log_p, old_log_p, mask)
     clipped = jnp.clip(ratio, 1 - options.clip_low, 1 + options.clip_high)
     free, bound = -advantages * ratio, -advantages * clipped

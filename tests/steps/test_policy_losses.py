@@ -1,12 +1,11 @@
 """Losses of policies and critics, and advantages, against TRL's functions; where it has none, formulas in float64."""
 
 import dataclasses
-import importlib.util
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,6 +14,7 @@ from jaxllm.steps.advantages import gae, group_advantages, kl_estimate, next_kl_
 from jaxllm.steps.alignment_config import GRPOConfig, PPOConfig
 from jaxllm.steps.check_alignment import check_options
 from jaxllm.steps.policy_losses import explained_variance, grpo_loss, policy_loss, value_loss
+from tests.steps.trl_source import Source
 
 ROWS, LENGTH = 6, 10
 RANDOM = np.random.default_rng(0)
@@ -23,6 +23,7 @@ MASK = (np.arange(LENGTH) >= STARTS) & (np.arange(LENGTH) < ENDS)
 OLD, NEW, REFERENCE = (np.where(MASK, -RANDOM.exponential(1.0, MASK.shape), 0).astype(np.float32) for _ in range(3))
 ADVANTAGES, VALUES, OLD_VALUES, RETURNS = RANDOM.normal(size=(4, ROWS, LENGTH)).astype(np.float32)
 NO_ENTROPY = np.zeros((ROWS, LENGTH), np.float32)
+GAPS = MASK & (RANDOM.random(MASK.shape) < 0.7)  # answers with tokens within that are not the model's
 
 
 @pytest.fixture(scope="session")
@@ -34,15 +35,9 @@ def trl_ppo(tmp_path_factory):
     done = subprocess.run(install, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"trl 1.12.0 cannot be installed: {done.stderr.strip()[-200:]}")
-    path = folder / "trl" / "experimental" / "ppo" / "ppo_trainer.py"
-    functions = path.read_text(encoding="utf-8")
-    # Its functions alone: the module as a whole imports what is no longer there.
-    start, end = functions.index("def masked_mean("), functions.index("class PolicyAndValueWrapper")
-    spec = importlib.util.spec_from_loader("trl_ppo_functions", loader=None)
-    module = importlib.util.module_from_spec(spec)
-    module.torch = pytest.importorskip("torch")
-    exec(compile(functions[start:end], str(path), "exec"), module.__dict__)
-    return module
+    source = Source(folder / "trl" / "experimental" / "ppo" / "ppo_trainer.py", torch=pytest.importorskip("torch"))
+    source.define("masked_mean", "masked_var", "masked_whiten")
+    return source
 
 
 @pytest.mark.parametrize("shift_mean", [True, False])
@@ -54,54 +49,97 @@ def test_whitening_as_trl(trl_ppo, shift_mean):
 
 
 def test_policy_and_value_loss_as_trl(trl_ppo):
-    """The formulas of its training loop, with its masked mean: values and gradients."""
-    torch, mask = trl_ppo.torch, trl_ppo.torch.tensor(MASK)
-    new, values = (torch.tensor(x, requires_grad=True) for x in (NEW, VALUES))
-    ratio, advantages = torch.exp(new - torch.tensor(OLD)), torch.tensor(ADVANTAGES)
-    policy = torch.max(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2))
-    trl_ppo.masked_mean(policy, mask).backward()
-    near = torch.clamp(values, torch.tensor(OLD_VALUES) - 0.3, torch.tensor(OLD_VALUES) + 0.3)
-    squares = [torch.square(v - torch.tensor(RETURNS)) for v in (values, near)]
-    (0.5 * trl_ppo.masked_mean(torch.max(*squares), mask)).backward()
+    """Its training loop's own statements: values and gradients."""
+    tensor, padding = trl_ppo.torch.tensor, trl_ppo.torch.tensor(~MASK)
+    new, values = (tensor(x, requires_grad=True) for x in (NEW, VALUES))
+    theirs = trl_ppo.run(
+        "vpredclipped",
+        "loss",
+        vpred=values,
+        mb_values=tensor(OLD_VALUES),
+        mb_return=tensor(RETURNS),
+        new_logprobs=new,
+        mb_logprobs=tensor(OLD),
+        mb_advantage=tensor(ADVANTAGES),
+        padding_mask=padding,
+        padding_mask_p1=padding,
+        micro_batch_inds=slice(None),
+        args=SimpleNamespace(cliprange=0.2, cliprange_value=0.3, vf_coef=0.1),
+    )
+    theirs["loss"].backward()
     options = PPOConfig(clip=0.2, value_clip=0.3)
 
-    def mean(loss):
-        return loss.total / loss.weight
+    def means(new, values):
+        policy = policy_loss(new, OLD, ADVANTAGES, MASK, NO_ENTROPY, options)
+        critic = value_loss(values, OLD_VALUES, RETURNS, MASK, options)
+        return policy.total / policy.weight, critic.total / critic.weight
 
-    found = jax.grad(lambda x: mean(policy_loss(x, OLD, ADVANTAGES, MASK, NO_ENTROPY, options)))(NEW)
-    np.testing.assert_allclose(found, new.grad.numpy(), atol=1e-6)
-    found = jax.grad(lambda x: mean(value_loss(x, OLD_VALUES, RETURNS, MASK, options)))(VALUES)
-    np.testing.assert_allclose(found, values.grad.numpy(), atol=1e-6)
-    total = float(mean(policy_loss(NEW, OLD, ADVANTAGES, MASK, NO_ENTROPY, options)))
-    assert total == pytest.approx(float(trl_ppo.masked_mean(policy, mask)), rel=1e-5)
+    policy, critic = means(NEW, VALUES)
+    assert policy == pytest.approx(theirs["pg_loss"].item(), rel=1e-5)
+    assert critic == pytest.approx(theirs["vf_loss"].item(), rel=1e-5)
+    slopes = jax.grad(lambda *x: means(*x)[0] + 0.1 * means(*x)[1], argnums=(0, 1))(NEW, VALUES)
+    for found, variable in zip(slopes, (new, values), strict=True):
+        np.testing.assert_allclose(found, variable.grad.numpy(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("estimator, whitened", [("k1", False), ("k3", True)])
+def test_rewards_and_advantages_as_trl(trl_ppo, estimator, whitened):
+    """Scores less the divergence, and estimates of them. TRL's arrays are 0 after an answer, not masked."""
+    tensor, scores = trl_ppo.torch.tensor, RANDOM.normal(size=ROWS).astype(np.float32)
+    ends = tensor(ENDS[:, 0] - 1)
+    theirs = trl_ppo.run(
+        "logr",
+        "rewards",
+        ref_logprobs=tensor(REFERENCE),
+        logprobs=tensor(NEW),
+        scores=tensor(scores),
+        sequence_lengths=ends,
+        sequence_lengths_p1=ends,
+        padding_mask_p1=tensor(~MASK),
+        args=SimpleNamespace(kl_estimator=estimator, kl_coef=0.3, whiten_rewards=whitened),
+    )
+    rewards = token_rewards(scores, NEW, REFERENCE, MASK, 0.3, estimator)
+    rewards = whiten(rewards, MASK, shift_mean=False) if whitened else rewards
+    np.testing.assert_allclose(rewards, theirs["rewards"].numpy(), rtol=1e-5, atol=1e-6)
+    theirs = trl_ppo.run(
+        "lastgaelam",
+        "returns",
+        rewards=theirs["rewards"],
+        values=tensor(np.where(MASK, VALUES, 0)),
+        responses=tensor(MASK),
+        args=SimpleNamespace(gamma=0.9, lam=0.8),
+    )
+    found = gae(rewards, VALUES, MASK, 0.9, 0.8)
+    for ours, name in zip(found, ("advantages", "returns"), strict=True):
+        np.testing.assert_allclose(np.asarray(ours)[MASK], theirs[name].numpy()[MASK], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("discount, gae_lambda", [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0)])
 def test_advantages_by_the_formula(discount, gae_lambda):
-    """Schulman et al. 2016, equation 16, as a sum over what follows, in float64."""
+    """Schulman et al. 2016, equation 16, as a sum over what follows, in float64; gaps are passed over."""
     rewards = RANDOM.normal(size=MASK.shape).astype(np.float32)
-    advantages, returns = gae(rewards, VALUES, MASK, discount, gae_lambda)
+    advantages, returns = gae(rewards, VALUES, GAPS, discount, gae_lambda)
     for row in range(ROWS):
-        r, v = np.float64(rewards[row][MASK[row]]), np.append(np.float64(VALUES[row][MASK[row]]), 0)
+        r, v = np.float64(rewards[row][GAPS[row]]), np.append(np.float64(VALUES[row][GAPS[row]]), 0)
         deltas = r + discount * v[1:] - v[:-1]
         powers = (discount * gae_lambda) ** np.arange(len(r))
         expected = [(powers[: len(r) - t] * deltas[t:]).sum() for t in range(len(r))]
-        np.testing.assert_allclose(np.asarray(advantages)[row][MASK[row]], expected, atol=1e-5)
-        np.testing.assert_allclose(np.asarray(returns)[row][MASK[row]], expected + v[:-1], atol=1e-5)
+        np.testing.assert_allclose(np.asarray(advantages)[row][GAPS[row]], expected, atol=1e-5)
+        np.testing.assert_allclose(np.asarray(returns)[row][GAPS[row]], expected + v[:-1], atol=1e-5)
 
 
 def test_what_stands_outside_the_mask_changes_nothing():
     """Neither advantages, nor rewards, nor losses, nor gradients."""
-    poisoned = lambda x: np.where(MASK, x, np.nan).astype(np.float32)  # noqa: E731
+    poisoned = lambda x: np.where(GAPS, x, np.nan).astype(np.float32)  # noqa: E731
     scores = np.arange(ROWS, dtype=np.float32)
 
     def everything(of):
-        rewards = token_rewards(scores, of(NEW), of(REFERENCE), MASK, 0.1, "k3")
-        advantages, returns = gae(of(np.asarray(rewards)), of(VALUES), MASK, 0.9, 0.8)
-        policy = lambda x: policy_loss(x, of(OLD), whiten(advantages, MASK), MASK, of(NO_ENTROPY), PPOConfig()).total  # noqa: E731
-        critic = lambda x: value_loss(x, of(OLD_VALUES), returns, MASK, PPOConfig()).total  # noqa: E731
+        rewards = token_rewards(scores, of(NEW), of(REFERENCE), GAPS, 0.1, "k3")
+        advantages, returns = gae(of(np.asarray(rewards)), of(VALUES), GAPS, 0.9, 0.8)
+        policy = lambda x: policy_loss(x, of(OLD), whiten(advantages, GAPS), GAPS, of(NO_ENTROPY), PPOConfig()).total  # noqa: E731
+        critic = lambda x: value_loss(x, of(OLD_VALUES), returns, GAPS, PPOConfig()).total  # noqa: E731
         grpo = GRPOConfig(kl_weight=0.1)
-        group = lambda x: grpo_loss(x, of(OLD), of(REFERENCE), of(ADVANTAGES), MASK, of(NO_ENTROPY), 9, grpo).total  # noqa: E731
+        group = lambda x: grpo_loss(x, of(OLD), of(REFERENCE), of(ADVANTAGES), GAPS, of(NO_ENTROPY), 9, grpo).total  # noqa: E731
         found = [f(of(x)) for f, x in ((policy, NEW), (critic, VALUES), (group, NEW))]
         found += [jax.grad(f)(of(x)) for f, x in ((policy, NEW), (critic, VALUES), (group, NEW))]
         return [rewards, advantages, returns, *found]
@@ -110,10 +148,13 @@ def test_what_stands_outside_the_mask_changes_nothing():
         np.testing.assert_array_equal(np.nan_to_num(one, nan=1e9), other)
 
 
-def test_rewards_of_tokens():
-    rewards = token_rewards(np.full(ROWS, 2.0, np.float32), NEW, REFERENCE, MASK, 0.5, "k1")
-    expected = np.where(MASK, -0.5 * (NEW - REFERENCE), 0)
-    expected[np.arange(ROWS), ENDS[:, 0] - 1] += 2
+def test_a_score_is_given_once():
+    """On the last token of an answer, gaps or none; an answer without a token gets nothing."""
+    mask = np.vstack([GAPS[:-1], np.zeros((1, LENGTH), bool)])
+    rewards = token_rewards(np.full(ROWS, 2.0, np.float32), NEW, REFERENCE, mask, 0.5, "k1")
+    expected = np.where(mask, -0.5 * (NEW - REFERENCE), 0)
+    for row in range(ROWS - 1):
+        expected[row, np.flatnonzero(mask[row])[-1]] += 2
     np.testing.assert_allclose(rewards, expected, atol=1e-6)
 
 
@@ -134,12 +175,28 @@ def test_grpo_as_trl(theirs, aggregation):
     value, (gradient,) = trl.grpo(theirs, NEW, OLD, REFERENCE, per_answer, MASK, max_length=12, options=options)
 
     def mean(x):
-        loss = grpo_loss(x, OLD, REFERENCE, per_answer[:, None], MASK, NO_ENTROPY, 12, options)
+        loss = grpo_loss(x, OLD, REFERENCE, per_answer, MASK, NO_ENTROPY, 12, options)
         return loss.total / loss.weight
 
     found, slopes = jax.value_and_grad(mean)(NEW)
     assert found == pytest.approx(value, rel=1e-5)
     np.testing.assert_allclose(slopes, gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_group_advantages_as_trl(scale):
+    """The statements of its trainer that make them of rewards."""
+    from tests.steps import trl
+
+    rewards = RANDOM.normal(size=(4, 5)).astype(np.float32)
+    theirs = trl.grpo_source().run(
+        "mean_grouped_rewards",
+        "advantages",
+        rewards=trl.tensor(rewards).flatten(),
+        num_generations=5,
+        self=SimpleNamespace(scale_rewards=scale),
+    )
+    np.testing.assert_allclose(group_advantages(rewards, scale).flatten(), theirs["advantages"].numpy(), atol=1e-6)
 
 
 def test_group_advantages_by_the_formula():
@@ -186,12 +243,44 @@ def test_estimates_of_the_divergence():
         check_options("ppo", PPOConfig(kl_estimator="k4"))
 
 
+def test_metrics_and_the_entropy_by_the_formula():
+    """In float64; more entropy is less loss."""
+    entropy, ratio = np.abs(VALUES), np.exp(np.float64(NEW) - OLD)
+    count = MASK.sum()
+    mean = lambda x: x[MASK].sum() / count  # noqa: E731
+    low, high = (ratio < 0.8) & (ADVANTAGES < 0), (ratio > 1.28) & (ADVANTAGES > 0)
+    expected = {
+        "ratio": mean(ratio),
+        "policy_kl": mean(ratio - 1 - np.log(ratio)),
+        "entropy": mean(entropy),
+        "clip_low_fraction": mean(low),
+        "clip_high_fraction": mean(high),
+        "clip_fraction": mean(low | high),
+    }
+    group = lambda **how: grpo_loss(NEW, OLD, None, ADVANTAGES, MASK, entropy, 9, GRPOConfig(**how))  # noqa: E731
+    actor = lambda **how: policy_loss(NEW, OLD, ADVANTAGES, MASK, entropy, PPOConfig(**how))  # noqa: E731
+    for name, value in expected.items():
+        metric = group().metrics[name]
+        assert float(metric.total / metric.count) == pytest.approx(value, rel=1e-5), name
+    for loss in (group, actor):
+        gained = float((loss().total - loss(entropy_weight=0.5).total) / count)
+        assert gained == pytest.approx(0.5 * mean(entropy), rel=1e-4)
+
+
 def test_explained_variance():
     metrics = value_loss(VALUES, OLD_VALUES, RETURNS, MASK, PPOConfig()).metrics
     told = explained_variance({name: mean.total / mean.count for name, mean in metrics.items()})
     errors, returns = np.float64(VALUES - RETURNS)[MASK], np.float64(RETURNS)[MASK]
     assert float(told["explained_variance"]) == pytest.approx(1 - errors.var() / returns.var(), rel=1e-4)
     assert "error_squared" not in told
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.7, 10.0])
+def test_of_returns_that_are_all_the_same_nothing_is_explained(constant):
+    """Not what rounding leaves of their variance."""
+    metrics = value_loss(VALUES, OLD_VALUES, np.full_like(VALUES, constant), MASK, PPOConfig()).metrics
+    told = explained_variance({name: mean.total / mean.count for name, mean in metrics.items()})
+    assert told["explained_variance"] == 0
 
 
 def test_the_ratio_is_1_before_the_first_update():
@@ -219,8 +308,14 @@ def test_what_does_not_go_together(changes, says):
 
 
 def test_huge_ratios_do_not_overflow():
-    far = jnp.where(MASK, 500.0, 0.0)
-    loss, slopes = jax.value_and_grad(
-        lambda x: policy_loss(x, NEW, -np.abs(ADVANTAGES), MASK, NO_ENTROPY, PPOConfig()).total
-    )(NEW + far)
-    assert np.isfinite(loss) and np.isfinite(slopes).all()
+    """Neither losses, gradients nor metrics; nor rewards that no divergence is taken from."""
+    far = NEW + np.where(MASK, 500.0, 0.0).astype(np.float32)
+    group = GRPOConfig(kl_weight=0.1)
+    losses = [
+        (lambda x: policy_loss(x, NEW, -np.abs(ADVANTAGES), MASK, NO_ENTROPY, PPOConfig()), far),
+        (lambda x: grpo_loss(x, NEW, far, -np.abs(ADVANTAGES), MASK, NO_ENTROPY, 9, group), NEW),
+    ]
+    for loss, at in losses:
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(loss(at)))
+        assert np.isfinite(jax.grad(lambda x, loss=loss: loss(x).total)(at)).all()
+    assert np.isfinite(token_rewards(np.ones(ROWS, np.float32), NEW, far, MASK, 0.0, "k3")).all()

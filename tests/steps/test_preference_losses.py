@@ -1,4 +1,4 @@
-"""Losses of pairs against TRL's own functions, values and gradients; what TRL has no function for, in float64."""
+"""Losses of pairs against TRL's own functions, values and gradients; and against the papers' formulas in float64."""
 
 import dataclasses
 import math
@@ -48,14 +48,29 @@ def test_losses_against_a_reference_as_trl(loss, theirs, smoothing):
     np.testing.assert_allclose(np.where(MASK, slopes, 0), np.where(MASK, gradient, 0), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("loss, theirs, smoothing", [("conservative", "sigmoid", 0.2), ("ipo_sum", "ipo", 0.0)])
+def test_losses_of_gains_as_trl(loss, theirs, smoothing):
+    """What its DPO trainer does not have: its CPO trainer's function of two numbers, given gains on the reference."""
+    from tests.steps import trl
+
+    options = DPOConfig(loss=loss, beta=0.3, label_smoothing=smoothing)
+    gains = TOKEN_LOG_PROBS.sum(1) - REFERENCE
+    value, gradients = trl.cpo(theirs, gains[:PAIRS], gains[PAIRS:], beta=0.3, smoothing=smoothing)
+    found, slopes = jax.value_and_grad(lambda x: ours(x, options)[0])(TOKEN_LOG_PROBS)
+    assert found == pytest.approx(value, rel=1e-5)
+    expected = np.where(MASK, np.concatenate(gradients)[:, None], 0)
+    np.testing.assert_allclose(np.where(MASK, slopes, 0), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("loss", ["simpo", "orpo"])
 def test_reference_free_losses_as_trl(loss):
     from tests.steps import trl
 
     options = DPOConfig(loss=loss, beta=2.0, margin=0.7, odds_weight=0.25)
     means = (TOKEN_LOG_PROBS.sum(1) / COUNTS[:, 0]).astype(np.float32)
-    how = {"beta": 2.0, "margin": 0.7} if loss == "simpo" else {"weight": 0.25}
-    value, gradients = getattr(trl, loss)(means[:PAIRS], means[PAIRS:], **how)
+    both = means[:PAIRS], means[PAIRS:]
+    theirs = trl.orpo(*both, weight=0.25) if loss == "orpo" else trl.cpo("simpo", *both, beta=2.0, margin=0.7)
+    value, gradients = theirs
     found, slopes = jax.value_and_grad(lambda x: ours(x, options)[0])(TOKEN_LOG_PROBS)
     assert found == pytest.approx(value, rel=1e-5)
     expected = np.where(MASK, np.concatenate(gradients)[:, None] / COUNTS, 0)
@@ -79,8 +94,8 @@ def test_bradley_terry_as_trl(centring):
     np.testing.assert_allclose(slopes, np.stack(gradients), rtol=1e-5, atol=1e-6)
 
 
-def test_what_trl_has_no_function_for():
-    """cDPO (Mitchell 2023, equation 3), IPO of sums (Azar et al. 2023, equation 17), the weight of the chosen's NLL."""
+def test_losses_by_the_formula():
+    """In float64: cDPO (Mitchell 2023, equation 3), IPO of sums (Azar et al. 2023, equation 17), the chosen's NLL."""
     totals, counts = np.float64(TOKEN_LOG_PROBS).sum(1), np.float64(COUNTS[:, 0])
     h = (totals - REFERENCE)[:PAIRS] - (totals - REFERENCE)[PAIRS:]
     log_sigmoid = lambda x: -np.logaddexp(0, -x)  # noqa: E731
@@ -125,10 +140,9 @@ def test_places_without_a_pair_add_nothing(name):
         return preference_loss(*arrays, is_pair[rows], options)
 
     poisoned = [np.where(is_pair, x, [[np.nan], [np.inf]]).astype(np.float32) for x in said]
-    poisoned = poisoned[:2] + [np.where(is_pair, x, 0).astype(np.float32) for x in said[2:]]
     whole, parts = total(said), [total(said, slice(row, row + 1)) for row in range(2)]
     assert total(poisoned).total == whole.total and whole.weight == 3
-    gradients = jax.grad(lambda x: total([*x, *said[2:]]).total)(poisoned[:2])
+    gradients = jax.grad(lambda x: total([*x, *poisoned[2:]]).total)(poisoned[:2])
     assert all(np.isfinite(g).all() and not np.asarray(g)[~is_pair].any() for g in gradients)
     summed = jax.tree.map(lambda *x: sum(x), *parts)
     for one, other in zip(jax.tree.leaves(summed), jax.tree.leaves(whole), strict=True):
@@ -153,6 +167,8 @@ def test_of_pairs_that_are_told_apart_without_doubt():
     ({"beta": 0.0}, "config.dpo.beta=0.0 must be above 0"),
     ({"loss": "orpo", "nll_weight": 1.0}, "weight of 1 already"),
     ({"loss": "simpo", "reference": "precomputed"}, "has no reference"),
+    ({"margin": 1.0}, "config.dpo.margin=1 is of loss=simpo alone; loss=sigmoid has none"),
+    ({"loss": "orpo", "beta": 0.2}, "Its lambda, which some call beta, is config.dpo.odds_weight"),
 ])  # fmt: skip
 def test_what_does_not_go_together(changes, says):
     with pytest.raises(UserError, match=says):

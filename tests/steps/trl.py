@@ -1,11 +1,15 @@
 """TRL's loss functions on given numbers: its trainers' methods with a stand-in for the trainer."""
 
+import inspect
 import os
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+from tests.steps.trl_source import Source
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -80,12 +84,12 @@ def dpo(kind: str, token_log_probs, mask, reference_chosen, reference_rejected, 
     return value_and_gradients(loss, log_p)
 
 
-def simpo(chosen, rejected, *, beta: float, margin: float):
-    """(mean loss, gradients), of mean log-probabilities a token."""
+def cpo(kind: str, chosen, rejected, *, beta: float, margin: float = 0.0, smoothing: float = 0.0):
+    """(mean loss, gradients): simpo of mean log-probabilities a token; of gains on a reference cDPO and IPO of sums."""
     from trl.experimental.cpo import CPOTrainer
 
     variables = tensor(chosen, grad=True), tensor(rejected, grad=True)
-    stub = trainer(alpha=0.0, loss_type="simpo", simpo_gamma=margin, beta=beta, label_smoothing=0.0)
+    stub = trainer(alpha=0.0, loss_type=kind, simpo_gamma=margin, beta=beta, label_smoothing=smoothing)
     return value_and_gradients(CPOTrainer.cpo_loss(stub, *variables)[0].mean(), *variables)
 
 
@@ -108,6 +112,12 @@ def reward(chosen, rejected, margins, *, centring: float):
     inputs = {"margin": tensor(margins), "attention_mask": torch.ones(1)}
     model = lambda **_: outputs  # noqa: E731
     return value_and_gradients(RewardTrainer.compute_loss(stub, model, inputs), *variables)
+
+
+def grpo_source() -> Source:
+    from trl.trainer import grpo_trainer
+
+    return Source(Path(inspect.getfile(grpo_trainer)), torch=torch, nanstd=grpo_trainer.nanstd)
 
 
 def grpo(kind: str, log_p, old, reference, advantages, mask, *, max_length: int, options):
