@@ -25,7 +25,7 @@ from jaxllm.model.row_cache import AXES, RowCache, RowLayerCache, empty_row_cach
 from jaxllm.model.spec import ModelSpec
 
 STEPS = 32  # tokens a row that are drawn in one call, at most
-SLOTS_STEP = 128  # a cache grows by so many slots
+SLOTS_STEP = 128  # a cache grows by so many slots, or by a quarter of the power of two above
 BLOCK = 256  # tokens of the vocabulary that are told apart last when one is drawn
 
 
@@ -79,7 +79,7 @@ class ContinuousDecoder:
     Args:
       num_tokens: of the vocabulary's rows that are tokens; the others are never drawn.
       slots: rows at work at once; rounded up to what the mesh divides.
-      length: the most tokens of a prompt with its answer.
+      length: the most tokens of a prompt with its answer; virtual ones of an adapter come on top.
       temperature: of the distribution; 0 takes the most probable token.
       end_ids: tokens that end an answer.
       static: rows are given to new prompts only when all have ended: what continuous batching is held against.
@@ -97,11 +97,10 @@ class ContinuousDecoder:
         end_ids: Collection[int],
         static: bool = False,
     ):
-        if spec.adapter.places:
-            raise ValueError("rows that go their own ways have no places for virtual tokens")
         self._spec, self._layout, self._num_tokens, self._static = spec, layout, num_tokens, static
         self._shards = layout.size("batch")
         self._slots, self._length = round_up(slots, self._shards), length
+        self._virtual = spec.adapter.places  # tokens before every prompt
         self._temperature, self._end_ids = temperature, tuple(end_ids)
         self._draw = one_at_a_time(jax.jit(self._draw_some, donate_argnums=1))
         self._prefill = one_at_a_time(jax.jit(self._read, donate_argnums=1))
@@ -118,12 +117,14 @@ class ContinuousDecoder:
         Args:
           weights: in the dtype of compute, placed as the layout computes with them.
           prompts: one or more tokens each.
-          max_new_tokens: of all, or of each; where prompt and answer have `length` tokens it ends before.
+          max_new_tokens: of all, or of each; where prompt and answer have `length` tokens it ends before. An answer
+            without room is empty.
         """
         most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
         budgets = [min(b, self._length - len(p)) for b, p in zip(most, prompts, strict=True)]
-        waiting = [_Row(i, p, b) for i, (p, b) in enumerate(zip(prompts, budgets, strict=True))][::-1]
-        answers: list[Answer | None] = [None] * len(prompts)
+        texts = [[0] * self._virtual + list(prompt) for prompt in prompts]
+        waiting = [_Row(i, t, b) for i, (t, b) in enumerate(zip(texts, budgets, strict=True)) if b > 0][::-1]
+        answers = [Answer([], [], "length")] * len(prompts)
         with use_layout(self._layout):
             work = _Work(self, weights, min(self._slots, round_up(len(prompts), self._shards)), seed)
             while waiting or work.rows:
@@ -133,7 +134,7 @@ class ContinuousDecoder:
                     answers[row.number] = Answer(row.tokens, row.log_probs, reason)
                 if not waiting:
                     work.close_ranks()
-        return answers  # type: ignore[return-value]
+        return answers
 
     # --- compiled ---
 
@@ -240,7 +241,10 @@ class _Work:
         self._cache = decoder._insert(self._cache, part, places)
 
     def _make_room(self, slots: int) -> None:
-        slots = round_up(slots, SLOTS_STEP)
+        """Grows the cache, a long one by more, since each size is a program to compile."""
+        most = round_up(self._decoder._length + self._decoder._virtual, SLOTS_STEP)
+        step = max(SLOTS_STEP, power_of_two(slots) // 4)
+        slots = max(round_up(slots, SLOTS_STEP), min(round_up(slots, step), most))
         if slots > self._cache[0].keys.shape[2]:
             self._cache = self._decoder._grow(self._cache, slots)
 
@@ -250,6 +254,7 @@ class _Work:
             return []
         self._make_room(max(row.position + min(STEPS, row.budget) for row in self.rows.values()) + 1)
         columns = np.zeros((5, self._places), np.int32)
+        columns[1] = self._decoder._virtual  # of free rows too: so virtual tokens are not made at each step
         for place, row in self.rows.items():
             left = row.budget - len(row.tokens)
             columns[:, place] = row.newest, row.position, left, row.number, len(row.tokens)

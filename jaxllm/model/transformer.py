@@ -244,12 +244,15 @@ class Transformer(nnx.Module):
         Args:
           layers: `layer_weights`.
           positions: of the new tokens in their rows; each row's follow each other.
-          lengths: as of `extend`.
+          lengths: as of `extend`; tokens beyond are padding.
         """
         x, by = self._embed(tokens, positions, None, lengths=lengths)
-        graph, segment_ids, extended = nnx.split(self.layers)[0], jnp.ones_like(tokens), []
+        segment_ids = jnp.ones_like(tokens) if lengths is None else (positions < lengths[:, None]).astype(jnp.int32)
+        prefix = prefixed(self.adapter, positions, segment_ids, self.virtual)
+        graph, extended = nnx.split(self.layers)[0], []
         for weights, layer_cache in zip(layers, cache, strict=True):
-            x, new, _ = nnx.merge(graph, weights)(x, segment_ids, by, cache=layer_cache, slots=positions)
+            block = nnx.merge(graph, weights)
+            x, new, _ = block(x, segment_ids, by, cache=layer_cache, slots=positions, prefixed=prefix)
             extended.append(new)
         return self._before_head(x), tuple(extended)
 
