@@ -1,16 +1,12 @@
-"""Train steps: a step is a loss and what it trains, one file each."""
+"""Train steps: a step is a loss and what it trains, one file each; `STEPS` has all of them by name."""
 
-from jaxllm.steps import dpo, grpo, lora, mlm, ppo, pretrain, prompt, reward, sft
-from jaxllm.steps.step import TrainStep
+from typing import Any
 
-STEPS: dict[str, TrainStep] = {
-    "pretrain": pretrain.step,
-    "mlm": mlm.step,
-    "sft": sft.step,
-    "lora": lora.step,
-    "prompt": prompt.step,
-    "reward": reward.step,
-    "dpo": dpo.step,
-    "ppo": ppo.step,
-    "grpo": grpo.step,
-}
+
+def __getattr__(name: str) -> Any:
+    """STEPS, when it is asked for: the config groups of this room are read without JAX."""
+    if name == "STEPS":
+        from jaxllm.steps.table import STEPS
+
+        return STEPS
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

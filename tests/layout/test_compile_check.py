@@ -133,7 +133,7 @@ def test_the_train_step_without_that_way_is_refused(monkeypatch):
     """The tied table is named, with a line of the model, though XLA complains of an operation of its own making."""
     monkeypatch.setattr(zero, "SMALL", 256)
     shape = lambda place, shape: zero.state_spec(place.layout, vocabulary.TABLE, shape)  # noqa: E731
-    monkeypatch.setattr(vocabulary._Place, "_split_columns", shape)
+    monkeypatch.setattr(vocabulary.Place, "_split_columns", shape)
     layout = Shape(1, 4, 2, 3, True, 2).layout()
     with pytest.raises(
         UserError, match=r"^embedding\.table \[vocab, embed\] \(jaxllm/model/head\.py:\d+\) is gathered"

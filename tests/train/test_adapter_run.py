@@ -127,7 +127,7 @@ def test_a_base_that_moved_and_one_that_trained_on(base, adapter, examples, tmp_
     more = sft_config(examples, **{"train.steps": 9, "train.eval_every": 0, "train.keep": 1, "train.keep_best": 0})
     assert loop.train(more, moved, devices=jax.devices()[:1], quiet=True) == 0
     with pytest.raises(
-        UserError, match=r"adapter for the parameters with hash \w+ \(step 6 of its base\)(.|\n)*no other"
+        UserError, match=r"was trained beside the parameters with hash \w+ \(step 6 of its base\)(.|\n)*no other"
     ):
         open_run(moved / "adapters" / "tiny")
 

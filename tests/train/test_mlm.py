@@ -124,7 +124,7 @@ def test_it_does_not_continue_texts(straight, text, capsys):
 @pytest.mark.parametrize("name", ["mlm", "pretrain"])
 def test_a_step_and_a_model_that_do_not_fit(text, tmp_path, name):
     config = mlm_config(text, **{"model.causal": name == "mlm"})
-    other = {"mlm": "pretrain or sft or lora or prompt", "pretrain": "mlm"}[name]
+    other = {"mlm": "pretrain or sft or lora or prompt or reward or dpo or ppo or grpo", "pretrain": "mlm"}[name]
     message = (
         f"train_step={name} does not go with config.model.causal={name == 'mlm'}: .* "
         f"Use --config.train_step={other}, or --config.model.causal={name == 'pretrain'}."
