@@ -79,6 +79,11 @@ def _check_rollout(config: Config) -> None:
                 f"config.model.{field}={value:g}: {name} learns from how probable an answer was, which noise changes. "
                 f"Set --config.model.{field}=0."
             )
+    if config.model.num_experts and config.model.expert_dispatch != "dropless":
+        raise UserError(
+            f"config.model.expert_dispatch={config.model.expert_dispatch}: {name} learns from how probable an answer was, "
+            "which what is dropped beside it would change. Set --config.model.expert_dispatch=dropless."
+        )
     if config.adapter.dropout:
         raise UserError(
             f"config.adapter.dropout={config.adapter.dropout:g}: {name} learns from how probable an answer was, which "

@@ -91,7 +91,7 @@ def main() -> None:
         f"static, {options.prompts} slots": ours(options.prompts, True),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for name, run in contestants.items():
+    for run in contestants.values():
         if not isinstance(run, Theirs):  # which compiles nothing
             run()
     for _ in range(options.repeats):
