@@ -81,8 +81,8 @@ def _check_rollout(config: Config) -> None:
             )
     if config.model.num_experts and config.model.expert_dispatch != "dropless":
         raise UserError(
-            f"config.model.expert_dispatch={config.model.expert_dispatch}: {name} learns from how probable an answer was, "
-            "which what is dropped beside it would change. Set --config.model.expert_dispatch=dropless."
+            f"config.model.expert_dispatch={config.model.expert_dispatch}: {name} learns from how probable an answer "
+            "was, which must not hang on what is beside it. Set --config.model.expert_dispatch=dropless."
         )
     if config.adapter.dropout:
         raise UserError(
