@@ -28,15 +28,22 @@ class Resharding:
 
     def __call__(self, params: Tree, frozen: Tree) -> Tree:
         """All weights of a model, of its float32 parameters at rest and of what is held frozen."""
+        leaves, tree = jax.tree.flatten(frozen)
+        places = jax.tree.leaves(self._places(frozen, self._frozen_axes))
+        # Frozen weights that lie right already stay: no copy of them is made at every rollout.
+        moving = [i for i, w in enumerate(leaves) if not w.sharding.is_equivalent_to(places[i], w.ndim)]
         if self._run is None:
-            places = self._places(params, self._axes), self._places(frozen, self._frozen_axes)
-            self._run = one_at_a_time(jax.jit(self._moved, out_shardings=joined(*places)))
-        return self._run(params, frozen)
+            to = self._places(params, self._axes), [places[i] for i in moving]
+            self._run = one_at_a_time(jax.jit(self._moved, out_shardings=to))
+        cast, moved = self._run(params, [leaves[i] for i in moving])
+        for i, w in zip(moving, moved, strict=True):
+            leaves[i] = w
+        return joined(cast, jax.tree.unflatten(tree, leaves))
 
-    def _moved(self, params: Tree, frozen: Tree) -> Tree:
+    def _moved(self, params: Tree, frozen: list[jax.Array]) -> tuple[Tree, list[jax.Array]]:
         # Cast where they rest, so that what is sent is in the dtype of compute.
         cast = jax.tree.map(lambda w, axes: self._at_rest(w.astype(self._compute), axes), params, self._axes)
-        return joined(cast, frozen)
+        return cast, frozen
 
     def _at_rest(self, w: jax.Array, axes: tuple) -> jax.Array:
         return pin(w, self._source, zero.state_spec(self._source, axes, w.shape))

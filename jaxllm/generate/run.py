@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import NamedSharding
 
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxllm.errors import UserError
@@ -25,6 +24,7 @@ from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.checks import check_for_use
 from jaxllm.train.config import Config, config_dict, read_config
 from jaxllm.train.initial import restore_base
+from jaxllm.train.state import spread
 
 
 class Run(NamedTuple):
@@ -171,13 +171,7 @@ def restore_for_use(
 
 def at_rest(spec: ModelSpec, layout: Layout) -> Weights:
     """`jax.ShapeDtypeStruct`s of the float32 parameters, spread over the devices, so that they fit before the cast."""
-    spread = dataclasses.replace(layout, zero_stage=max(layout.zero_stage, 1))
-
-    def place(leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(layout.mesh, zero.state_spec(spread, axes, leaf.shape))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(place, spec.shapes, spec.axes)
+    return spread(spec.shapes, spec.axes, dataclasses.replace(layout, zero_stage=max(layout.zero_stage, 1)))
 
 
 def cast_for_use(params: Weights, spec: ModelSpec, layout: Layout, compute: str) -> Weights:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -34,7 +35,7 @@ class ActorCritic(ModelSpec):
 
     def init(self, seed: int) -> Tree:
         """Fresh parameters of both; the critic expects nothing, whatever it reads."""
-        return joined(self.actor.init(seed), {CRITIC: started_critic(self, seed)})
+        return joined(self.actor.init(seed), {CRITIC: _expecting_nothing(self.critic.own(self.critic.init(seed)))})
 
     def merge(self, params: Tree) -> Transformer:
         return self.actor.merge(without_critic(params))
@@ -44,12 +45,11 @@ def with_critic(actor: ModelSpec) -> ActorCritic:
     """The spec of this model and a critic of its kind."""
     critic = critic_spec(actor)
     kinds = {path: kind if kind is not nnx.Param else AddedParam for path, kind in critic.kinds.items()}
-    own = lambda tree: joined(critic.trained(tree), critic.constants(tree))  # noqa: E731
     return ActorCritic(
         config=actor.config,
         graph=actor.graph,
-        shapes=joined(actor.shapes, {CRITIC: own(critic.shapes)}),
-        axes=joined(actor.axes, {CRITIC: own(critic.axes)}),
+        shapes=joined(actor.shapes, {CRITIC: critic.own(critic.shapes)}),
+        axes=joined(actor.axes, {CRITIC: critic.own(critic.axes)}),
         adapter=actor.adapter,
         kinds=actor.kinds | {f"{CRITIC}.{path}": kind for path, kind in kinds.items()},
     )
@@ -66,11 +66,9 @@ def without_critic(tree: Tree) -> Tree:
     return {key: value for key, value in tree.items() if key != CRITIC}
 
 
-def started_critic(spec: ActorCritic, seed: int) -> Tree:
-    """A critic whose own parameters are fresh, with a scalar head of zeros. Traceable."""
-    own = spec.critic.own(spec.critic.init(seed))
-    own["score"] = {"kernel": jnp.zeros_like(own["score"]["kernel"])}
-    return own
+def _expecting_nothing(critic: Tree) -> Tree:
+    """A critic's own parameters with a scalar head of zeros."""
+    return critic | {"score": jax.tree.map(jnp.zeros_like, critic["score"])}
 
 
 def started_run(spec: ModelSpec, base: Tree, seed: int, prompt: Sequence[int] = (), critic: Tree | None = None) -> Tree:
@@ -84,8 +82,8 @@ def started_run(spec: ModelSpec, base: Tree, seed: int, prompt: Sequence[int] = 
     if not isinstance(spec, ActorCritic):
         return started(spec, base, seed, prompt)
     if critic is None:
-        critic = spec.critic.own(started(spec.critic, like(base, spec.critic.base(spec.critic.shapes)), seed, prompt))
-        critic["score"] = {"kernel": jnp.zeros_like(critic["score"]["kernel"])}
+        beside = like(base, spec.critic.base(spec.critic.shapes))
+        critic = _expecting_nothing(spec.critic.own(started(spec.critic, beside, seed, prompt)))
     return joined(started(spec.actor, base, seed, prompt), {CRITIC: critic})
 
 

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.layout.layout import constrain
+from jaxllm.model.attention_backends import MASKED
 from jaxllm.model.attention_pattern import Pattern
 from jaxllm.model.config import ModelConfig
 
-MASKED = -1e30
 AXES = ("batch", "kv_heads", None, "head_dim")
 
 

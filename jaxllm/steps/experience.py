@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.data.batch import Batch, BatchKind, Vocabulary
 from jaxllm.data.config import DataConfig
+from jaxllm.layout.log_probs import TokenLogProbs
 from jaxllm.model.head import where_predicted
 from jaxllm.model.transformer import Transformer
 from jaxllm.steps.segments import ends_of_segments
@@ -35,11 +36,17 @@ def _row(row: Batch, random: np.random.RandomState, vocabulary: Vocabulary, conf
 EXPERIENCE = BatchKind(_row)
 
 
-def answer_log_probs(model: Transformer, rows: Batch, options: Options) -> Float[Array, "batch length"]:
-    """The log-probability of each token under the distribution that answers are drawn from: where it is predicted."""
-    hidden = model(rows.tokens, rows.positions, rows.segment_ids)
+def drawn_log_probs(
+    model: Transformer, hidden: Float[Array, "batch length embed"], rows: Batch | Experience, options: Options
+) -> TokenLogProbs:
+    """Of each token under the distribution that answers are drawn from: where it is predicted, in device order."""
     how = {"temperature": options.temperature, "num_tokens": options.num_tokens}
-    return model.head.log_probs(hidden, where_predicted(rows.tokens), **how).log_probs
+    return model.head.log_probs(hidden, where_predicted(rows.tokens), **how)
+
+
+def answer_log_probs(model: Transformer, rows: Batch, options: Options) -> Float[Array, "batch length"]:
+    """The first of what `drawn_log_probs` returns."""
+    return drawn_log_probs(model, model(rows.tokens, rows.positions, rows.segment_ids), rows, options).log_probs
 
 
 def values(model: Transformer, rows: Batch) -> Float[Array, "batch length"]:

@@ -6,7 +6,7 @@ With DAPO's clip-higher and token-level loss and Dr. GRPO's normalisation: `conf
 from jaxllm.model.dropout import DropoutKey
 from jaxllm.model.head import Loss, where_predicted
 from jaxllm.model.transformer import Transformer
-from jaxllm.steps.experience import EXPERIENCE, Experience
+from jaxllm.steps.experience import EXPERIENCE, Experience, drawn_log_probs
 from jaxllm.steps.policy_losses import grpo_loss
 from jaxllm.steps.step import Options, TrainStep
 
@@ -16,8 +16,7 @@ def loss(model: Transformer, batch: Experience, *, dropout: DropoutKey | None, o
     hidden, sums = model.with_sums(
         batch.tokens, batch.positions, batch.segment_ids, loss_mask=batch.loss_mask, dropout=dropout
     )
-    how = {"temperature": options.temperature, "num_tokens": options.num_tokens}
-    now = model.head.log_probs(hidden, where_predicted(batch.tokens), **how)
+    now = drawn_log_probs(model, hidden, batch, options)
     said = (batch.log_probs, batch.reference_log_probs, batch.advantages, batch.loss_mask)
     then, reference, advantages, mask = map(where_predicted, said)
     reference = reference if options.group.kl_weight > 0 else None

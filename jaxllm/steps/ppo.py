@@ -3,7 +3,7 @@
 from jaxllm.model.dropout import DropoutKey
 from jaxllm.model.head import Loss, where_predicted
 from jaxllm.model.transformer import Transformer
-from jaxllm.steps.experience import EXPERIENCE, Experience
+from jaxllm.steps.experience import EXPERIENCE, Experience, drawn_log_probs
 from jaxllm.steps.policy_losses import explained_variance, policy_loss, value_loss
 from jaxllm.steps.step import Options, TrainStep
 
@@ -13,8 +13,7 @@ def loss(model: Transformer, batch: Experience, *, dropout: DropoutKey | None, o
     hidden, sums = model.with_sums(
         batch.tokens, batch.positions, batch.segment_ids, loss_mask=batch.loss_mask, dropout=dropout
     )
-    how = {"temperature": options.temperature, "num_tokens": options.num_tokens}
-    now = model.head.log_probs(hidden, where_predicted(batch.tokens), **how)
+    now = drawn_log_probs(model, hidden, batch, options)
     then, advantages, mask = map(where_predicted, (batch.log_probs, batch.advantages, batch.loss_mask))
     return policy_loss(now.log_probs, then, advantages, mask, now.entropy, options.group).plus(sums)
 

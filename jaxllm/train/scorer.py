@@ -5,12 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-from jax.sharding import NamedSharding
-
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxllm.errors import UserError
-from jaxllm.layout import zero
 from jaxllm.layout.layout import Layout
 from jaxllm.layout.scope import like
 from jaxllm.model.actor_critic import ActorCritic
@@ -20,7 +16,7 @@ from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.config import Config, read_config
 from jaxllm.train.initial import newest_identity
 from jaxllm.train.initial_adapter import FREE
-from jaxllm.train.state import Params
+from jaxllm.train.state import Params, spread
 
 
 class Scorer(NamedTuple):
@@ -64,7 +60,7 @@ def restore_scorer(workdir: str, layout: Layout, tokenizer: Tokenizer, say: Call
         assert stored is not None, "check_scorer found a checkpoint"
         config = read_config(stored["config"])
         spec = model_spec(config.model.resolved(tokenizer.vocab_size), config.adapter)
-        restored = checkpoints.restore_params(at_rest(spec, layout))
+        restored = checkpoints.restore_params(spread(spec.own(spec.shapes), spec.own(spec.axes), layout))
     assert restored is not None
     step, own, run = restored
     say(f"scores of {workdir}, step {step}, parameter hash {run['parameter_hash']}")
@@ -109,13 +105,3 @@ def restore_critic(
         return None
     scorer = restore_scorer(config.ppo.critic_init_from, layout, tokenizer, say)
     return like(scorer.own, spec.critic.own(spec.critic.shapes))
-
-
-def at_rest(spec: ModelSpec, layout: Layout) -> Params:
-    """A model's own parameters as `jax.ShapeDtypeStruct`s, spread as a state is."""
-
-    def place(leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(layout.mesh, zero.state_spec(layout, axes, leaf.shape))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(place, spec.own(spec.shapes), spec.own(spec.axes))

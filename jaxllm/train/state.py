@@ -164,14 +164,10 @@ def init_state_from(
 
 def frozen_state(base: Params, spec: ModelSpec, layout: Layout, compute: str) -> Params:
     """`TrainState.frozen` of the parameters of a model, which lie as `abstract_base` says."""
-
-    def place(leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> NamedSharding:
-        return NamedSharding(layout.mesh, zero.state_spec(layout, axes, leaf.shape))
-
     freeze = lambda base: spec.frozen(base, as_dtype(compute))  # noqa: E731
     shapes = jax.eval_shape(freeze, base)
-    shardings = jax.tree.map(place, shapes, like(spec.held_axes(as_dtype(compute)), shapes))
-    return jax.jit(freeze, out_shardings=shardings)(base)
+    abstract = spread(shapes, like(spec.held_axes(as_dtype(compute)), shapes), layout)
+    return jax.jit(freeze, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(base)
 
 
 def placed_reference(make: Callable[..., Params], abstract: TrainState, *params: Params) -> Params:
@@ -181,13 +177,18 @@ def placed_reference(make: Callable[..., Params], abstract: TrainState, *params:
 
 def abstract_base(spec: ModelSpec, layout: Layout, scalar_head: bool = False) -> Params:
     """The float32 parameters of the language model, spread as a state is; with those of its scalar head if asked."""
+    part = lambda tree: joined(spec.base(tree), spec.added(tree) if scalar_head else {})  # noqa: E731
+    return spread(part(spec.shapes), part(spec.axes), layout)
+
+
+def spread(shapes: Params, axes: Params, layout: Layout) -> Params:
+    """Parameters' shapes as `jax.ShapeDtypeStruct`s that lie as those of a state do."""
 
     def place(leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> jax.ShapeDtypeStruct:
         sharding = NamedSharding(layout.mesh, zero.state_spec(layout, axes, leaf.shape))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    part = lambda tree: joined(spec.base(tree), spec.added(tree) if scalar_head else {})  # noqa: E731
-    return jax.tree.map(place, part(spec.shapes), part(spec.axes))
+    return jax.tree.map(place, shapes, axes)
 
 
 def bytes_per_device(abstract: Any) -> int:

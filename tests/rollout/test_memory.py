@@ -18,8 +18,7 @@ from jaxllm.train.config import Config, PrecisionConfig
 from jaxllm.train.learner import spec_of, step_options
 from jaxllm.train.optimizer import make_optimizer, make_schedule
 from jaxllm.train.reference import reference_kind
-from jaxllm.train.scorer import at_rest
-from jaxllm.train.state import TrainState, abstract_state, bytes_per_device
+from jaxllm.train.state import TrainState, abstract_state, bytes_per_device, spread
 from jaxllm.train.train_step import make_train_step
 from tests.benchmarks.layout_memory import MODEL
 
@@ -50,7 +49,7 @@ def test_four_models_in_the_memory_of_one():
     scorer = model_spec(dataclasses.replace(MODEL.resolved(), scalar_head=True), LORA)
     options = step_options(STEPS["ppo"], config, None)
     judge = make_judge(STEPS["ppo"], spec, config, layout, options, 1, scorer)
-    own = at_rest(scorer, layout)
+    own = spread(scorer.own(scorer.shapes), scorer.own(scorer.axes), layout)
     judging = judge.trace(state, own, {}, rows).lower().compile().memory_analysis().argument_size_in_bytes
     together = learning + bytes_per_device(own)
     print(f"SFT {alone:,} bytes at rest, PPO {together:,}: {together / alone:.3f}")
