@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxllm.data.batch import PairBatch
 from jaxllm.layout.layout import Layout
+from jaxllm.layout.mesh import one_at_a_time
 from jaxllm.model.actor_critic import started_run
 from jaxllm.model.adapter_config import NO_ADAPTER, AdapterConfig
 from jaxllm.steps import STEPS
@@ -80,7 +81,8 @@ def run(case: str, layout: Layout, steps: int = 2) -> np.ndarray:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(spec, optimizer, layout, "float32", kind))
     state = jax.device_put(first, shardings)
     schedule = make_schedule(config.optimizer, 1000)
-    step = make_train_step(STEPS[config.train_step], spec, optimizer, schedule, config, layout, NUM_TOKENS)
+    program = make_train_step(STEPS[config.train_step], spec, optimizer, schedule, config, layout, NUM_TOKENS)
+    step = one_at_a_time(program)
     seen = []
     for number in range(steps):
         batch = jax.device_put(host_batch(case, number), layout.sharding("batch", None))

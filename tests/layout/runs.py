@@ -13,6 +13,7 @@ from jaxllm.data.batch import Batch, Vocabulary, row_random
 from jaxllm.data.config import DataConfig
 from jaxllm.layout.config import LayoutConfig, MeshConfig
 from jaxllm.layout.layout import Layout, make_layout
+from jaxllm.layout.mesh import one_at_a_time
 from jaxllm.model.adapter_config import NO_ADAPTER, AdapterConfig
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.lora_trees import started
@@ -172,7 +173,7 @@ def train(
         first = first._replace(loss_scale=np.float32(FIRST_LOSS_SCALE))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(spec, optimizer, layout, compute))
     state = jax.device_put(first, shardings)
-    train_step = make_train_step(STEPS[step], spec, optimizer, schedule, config, layout)
+    train_step = one_at_a_time(make_train_step(STEPS[step], spec, optimizer, schedule, config, layout))
     seen = []
     for number in range(steps):
         state, metrics = train_step(state, make_batch(spec, number, layout, step))
