@@ -23,6 +23,7 @@ import jax
 
 from jaxllm.errors import UserError
 from jaxllm.layout import zero
+from jaxllm.layout.at_rest import tensor_at_rest
 from jaxllm.layout.collectives import collectives
 from jaxllm.layout.hlo_source import Source, causes, local_shape
 from jaxllm.layout.layout import Layout, axis_names
@@ -151,7 +152,7 @@ def _not_spread(layout: Layout, parameters: Mapping[str, Tensor]) -> list[Findin
         return []
     found = []
     for path, weight in parameters.items():
-        used = {axis for part in zero.state_spec(layout, *weight) for axis in axis_names(part)}
+        used = {axis for part in zero.state_spec(layout, *tensor_at_rest(layout, weight)) for axis in axis_names(part)}
         left = [axis for axis in layout.mesh_axes("state") if axis not in used]
         if left and zero.elements_a_layer(*weight) >= zero.SMALL:
             axes = describe([f"{axis}={size}" for axis, size in zip(*weight, strict=True)])
@@ -177,6 +178,7 @@ def _at(line: str) -> str:
 
 def _at_rest(layout: Layout, weight: Tensor) -> list[tuple[int, ...]]:
     """The part of a weight on one device at rest: stacked, and of one layer."""
+    weight = tensor_at_rest(layout, weight)
     shape = local_shape(layout, weight, zero.state_spec(layout, *weight))
     return [shape, shape[1:]] if weight.axes[:1] == ("layers",) else [shape]
 

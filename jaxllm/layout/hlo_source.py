@@ -17,6 +17,7 @@ from typing import NamedTuple
 from jax.sharding import PartitionSpec as P
 
 from jaxllm.layout import zero
+from jaxllm.layout.at_rest import tensor_at_rest
 from jaxllm.layout.collectives import Collective, collectives, metadata
 from jaxllm.layout.layout import Layout, axis_names
 from jaxllm.layout.rules import LOGICAL_AXES, describe
@@ -170,6 +171,7 @@ def _local(layout: Layout, tensor: Tensor, joined: str, mesh_axes: tuple[str, ..
 def _gathered(layout: Layout, weight: Tensor, mesh_axes: tuple[str, ...]) -> list[tuple[int, ...]]:
     """The part of a weight on one device once what `mesh_axes` spread at rest is joined: stacked, and of one layer."""
     shapes = []
+    weight = tensor_at_rest(layout, weight)
     for spec in (zero.compute_spec(layout, *weight), zero.state_spec(layout, *weight)):
         shapes.append(local_shape(layout, weight, spec, mesh_axes))
     return [*shapes, *(shape[1:] for shape in shapes)] if weight.axes[:1] == ("layers",) else shapes

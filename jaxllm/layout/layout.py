@@ -156,6 +156,14 @@ def chosen_layout() -> Layout | None:
     return _current.get()
 
 
+def platform() -> str:
+    """That of the devices of the layout in use, which need not be here; "cpu" or "gpu"."""
+    layout = _current.get()
+    if layout is None or not isinstance(layout.mesh, Mesh):
+        return jax.default_backend()
+    return layout.mesh.devices.flat[0].platform
+
+
 def constrain(x: Array, *axes: str | None) -> Array:
     """Pins an activation, and its gradient, to where its logical axes live. A no-op on one device."""
     return reshard(x, axes, axes)

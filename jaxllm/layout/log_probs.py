@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxllm.layout.layout import Layout, current_layout
+from jaxllm.layout.layout import Layout, current_layout, platform
 from jaxllm.layout.vocabulary import Place, chunk_length
 
 
@@ -126,7 +126,7 @@ def _local_gradients(place: Place, settings: _Settings, hidden, head, per_token:
 
     start = jnp.zeros(table.shape[::-1], jnp.float32), None if bias is None else jnp.zeros(bias.shape, jnp.float32)
     (d_table, d_bias), d_hidden = _by_chunk(one_chunk, start, (hidden, *per_token), table.shape[0])
-    if jax.default_backend() == "cpu":  # as in layout/vocabulary.py
+    if platform() == "cpu":  # as in layout/vocabulary.py
         (d_table,) = jax.lax.optimization_barrier((d_table,))
     return d_hidden, (place.reduce_table(d_table.T), None if bias is None else place.sum_tokens(d_bias))
 

@@ -29,7 +29,7 @@ from jaxllm.layout.rules import RESIDUAL_AXES as RESIDUAL
 from jaxllm.layout.schedule_buffers import assign_buffers
 from jaxllm.layout.schedules import Action, Schedule, make_schedule
 from jaxllm.layout.scope import NOTHING, Frozen, joined, map_leaves, path_name, tensor_scope
-from jaxllm.layout.stages import Stages, collect, deal, make_stages
+from jaxllm.layout.stages import Stages, collect, deal, make_stages, num_layers_of
 from jaxllm.layout.vocabulary import weight_dtype
 
 Tree = Any
@@ -83,7 +83,8 @@ def run_pipeline(
     trained = set(map_leaves(lambda w, _: w, params, axes))
     is_trained = [name in trained for name in names]
     in_layers = [a[:1] == ("layers",) for a in leaf_axes]
-    num_layers = next(w.shape[0] for w, layered in zip(leaves, in_layers, strict=True) if layered)
+    at_rest = next(w.shape[0] for w, layered in zip(leaves, in_layers, strict=True) if layered)
+    num_layers = num_layers_of(at_rest, layout.num_stages, layout.stage_layers)
     table = make_schedule(schedule or layout.schedule, layout.num_stages, num_microbatches, layout.virtual_stages)
     stages = make_stages(num_layers, layout.num_stages, layout.virtual_stages, layout.stage_layers)
 
@@ -96,7 +97,7 @@ def run_pipeline(
 
     def leave(name: str, g: Array, a: tuple, layered: bool) -> Array:
         with tensor_scope(name, a):
-            return collect(layout, stages, g, a) if layered else g
+            return collect(layout, stages, g) if layered else g
 
     entered = [enter(*leaf) for leaf in zip(names, leaves, leaf_axes, in_layers, is_trained, strict=True)]
     specs = [zero.step_spec(layout.inside("pipeline"), a, w.shape) for w, a in zip(leaves, leaf_axes, strict=True)]
@@ -140,7 +141,7 @@ def run_pipeline(
     if has_gradients:
         placed = zip(of_trained(names), gradients, of_trained(leaf_axes), of_trained(in_layers), strict=True)
         gradients = jax.tree.unflatten(jax.tree.structure(params), [leave(*leaf) for leaf in placed])
-    statistics = jax.tree.map(lambda a: collect(layout, stages, a, ("layers", *[None] * (a.ndim - 3))), sums.statistics)
+    statistics = jax.tree.map(lambda a: collect(layout, stages, a)[:num_layers], sums.statistics)
     rows = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), sums.rows)
     return sums._replace(gradients=gradients, statistics=statistics, rows=rows)
 

@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, UInt32
 
 from jaxllm.layout import zero
-from jaxllm.layout.layout import Layout, on_each_device
+from jaxllm.layout.layout import Layout, on_each_device, platform
 from jaxllm.layout.sequence import text_indices
 
 
@@ -266,7 +266,7 @@ class _Place:
 
     def _pass_on(self, held: Any) -> Any:
         """What the device before holds; the next one gets what this one holds."""
-        if "pipeline" in self.layout.manual and jax.default_backend() == "cpu":
+        if "pipeline" in self.layout.manual and platform() == "cpu":
             # Stages of a pipeline that idle skip this code. XLA's CPU backend has all devices of the program meet at a
             # collective-permute, so it would wait for those for ever; at a gather only the ring's own devices meet.
             return _pick(self._gather(held), (self._me() - 1) % self.parts)

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxllm.layout import zero
-from jaxllm.layout.layout import Axes, Layout, axis_names, current_layout, on_each_device, pin
+from jaxllm.layout.layout import Axes, Layout, axis_names, current_layout, on_each_device, pin, platform
 
 TABLE = ("vocab", "embed")
 # Float32 logits that a device holds at a time while it computes the loss.
@@ -82,7 +82,7 @@ class Place:
                 # At rest its columns are split, over the vocabulary's mesh axes too. Those of each device are gathered
                 # first, so that XLA finds its way from columns to rows: by an all-to-all. On CPUs that is permutes,
                 # which every device must meet: a pipeline's first stage, alone with it, gathers the whole table.
-                alone = "pipeline" in self.layout.manual and jax.default_backend() == "cpu"
+                alone = "pipeline" in self.layout.manual and platform() == "cpu"
                 table = pin(table, self.layout, P() if alone else self._split_columns(table.shape))
             table = jnp.pad(table, ((0, self.padded_size - self.vocab_size), (0, 0)))
         return table if self.layout is None else pin(table, self.layout, self.table_spec())
@@ -275,7 +275,7 @@ def _local_loss(place: Place, z_loss: float, hidden, head, targets, weights, gra
         return loss, None, None
     if chunk < length:
         d_hidden = d_hidden.swapaxes(0, 1).reshape(batch, length, embed)
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         # Keeps XLA from swapping the factors of d_table: its CPU backend transposes the first, which is the narrow one.
         (d_table,) = jax.lax.optimization_barrier((d_table,))
     return loss, d_hidden, (place.reduce_table(d_table.T), None if bias is None else place.sum_tokens(d_bias))

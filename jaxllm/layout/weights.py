@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.layout import zero
-from jaxllm.layout.layout import Axes, Layout, current_layout, pin
+from jaxllm.layout.layout import Axes, Layout, current_layout, pin, platform
 from jaxllm.layout.nf4 import NF4, dequantize
 from jaxllm.layout.scope import tensor_scope
 
@@ -155,7 +155,7 @@ def _gather_again(layout, axes, names, weights, gradients):
 def _weight_gradient(layout: Layout | None, left: str, output: str, right: str, x: Array, dy: Array) -> Array:
     """The sum over tokens of x times dy."""
     dtype = jnp.float32 if layout is None else jnp.dtype(layout.reduce_dtype)
-    if jax.default_backend() == "cpu" and dy.size < x.size:
+    if platform() == "cpu" and dy.size < x.size:
         # XLA's CPU backend transposes the first factor, slowly: that had better be the narrow one. The barrier keeps it
         # from swapping the factors back.
         swapped = "".join(axis for axis in output + left if axis in right)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from jaxllm.layout.layout import Layout, axis_names, pin
+from jaxllm.layout.layout import Layout, axis_names, pin, platform
 
 # Stage 3 gathers tensors below this many elements a layer once a step, like stage 2: a norm's scale is not worth a
 # collective in every layer. The name for it in DeepSpeed is the parameter persistence threshold.
@@ -121,7 +121,7 @@ def sum_scattered(g: Array, spec: P, mesh_axes: Sequence[str]) -> Array:
 
 def sum_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
     """The dtype in which manual code sums over devices what is meant to be summed in `dtype`."""
-    return jnp.dtype("float32") if jax.default_backend() == "cpu" else jnp.dtype(dtype)
+    return jnp.dtype("float32") if platform() == "cpu" else jnp.dtype(dtype)
 
 
 def is_gathered_at_use(layout: Layout, axes: Sequence[str | None], shape: Sequence[int]) -> bool:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.config import one_of
 from jaxllm.errors import UserError
-from jaxllm.layout.layout import chosen_layout, constrain, current_layout
+from jaxllm.layout.layout import chosen_layout, constrain, current_layout, platform
 from jaxllm.layout.ring_attention import Attended, Keys, OutputGradient, Queries, context_attention
 from jaxllm.model.attention_cudnn import cudnn_attention
 from jaxllm.model.attention_pattern import CAUSAL, Pattern
@@ -81,8 +81,8 @@ def attend(
     name = layout.attention if layout else "xla"
     dropout_rate = dropout_rate if dropout_key is not None else 0.0  # an evaluation drops nothing
     if name == "auto":
-        platform, compute = jax.default_backend(), query.dtype.name
-        name = choose_backend(name, platform, compute=compute, dropout=dropout_rate, pattern=pattern)
+        compute = query.dtype.name
+        name = choose_backend(name, platform(), compute=compute, dropout=dropout_rate, pattern=pattern)
     if layout and key.shape[2] % layout.size("heads"):  # fewer key heads than parts: each part gets those it needs
         repeats = query.shape[2] // key.shape[2]
         key, value = (constrain(jnp.repeat(a, repeats, axis=2), *QUERY_AXES) for a in (key, value))

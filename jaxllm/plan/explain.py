@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxllm.errors import UserError
 from jaxllm.layout import zero
+from jaxllm.layout.at_rest import tensor_at_rest
 from jaxllm.layout.hlo_source import causes, local_shape
 from jaxllm.layout.layout import Layout, as_dtype, axis_names
 from jaxllm.layout.scope import Tensor, path_name
@@ -59,8 +60,9 @@ def tensor_rows(program: Program) -> list[TensorRow]:
 
 
 def _parameter(layout: Layout, path: str, w: Tensor, held: int, optimizer_bytes: int) -> TensorRow:
-    at_rest = zero.state_spec(layout, *w)
-    shape = local_shape(layout, w, at_rest)
+    rest = tensor_at_rest(layout, w)
+    at_rest = zero.state_spec(layout, *rest)
+    shape = local_shape(layout, rest, at_rest)
     compute = _written(w, zero.compute_spec(layout, *w))
     return TensorRow(path, _sizes(w), compute, _written(w, at_rest), shape, held, optimizer_bytes)
 

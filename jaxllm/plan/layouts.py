@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh
 
 from jaxllm.errors import UserError, did_you_mean
 from jaxllm.layout import zero
+from jaxllm.layout.at_rest import shape_at_rest
 from jaxllm.layout.config import LayoutConfig, MeshConfig
 from jaxllm.layout.layout import REMAT, Layout
 from jaxllm.layout.mesh import AXES, mesh_shape
@@ -207,7 +208,8 @@ def _weights(model: ModelConfig, sizes: tuple[tuple[str, int], ...], rules: Rule
     leaves = [(a, leaf.shape) for a, leaf in zip(axes, shapes, strict=True)]
     steps = tuple(zero.step_spec(inside, *leaf) for leaf in leaves)
     gradients = tuple(zero.gradient_spec(inside, *leaf) for leaf in leaves)
-    return tuple(zero.state_spec(layout, *leaf) for leaf in leaves), steps, gradients, zero.reduced_once(layout, steps)
+    rest = [(a, shape_at_rest(layout, a, shape)) for a, shape in leaves]
+    return tuple(zero.state_spec(layout, *leaf) for leaf in rest), steps, gradients, zero.reduced_once(layout, steps)
 
 
 def _axis_sizes(mesh: MeshConfig, num_devices: int) -> tuple[tuple[str, int], ...]:

@@ -273,8 +273,10 @@ class Checkpoints:
         metadata = self._orbax.metadata(folder).item_metadata[item]
         if metadata is None:
             raise FileNotFoundError(f"{folder / item} is missing or has no metadata")
-        _check_same_arrays(folder, item, abstract, metadata.tree)
-        args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
+        num_layers = self._read_json(step, "run")["config"].get("model", {}).get("num_layers")
+        _check_same_arrays(folder, item, abstract, metadata.tree, num_layers)
+        # Not strict: where layers were made up to a multiple of the stages (layout/at_rest.py), here or there.
+        args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract, strict=False)})
         arrays = self._orbax.restore(folder, args=args)[item]
         if saved_hash:
             self._check_hash(step, "parameters", tree_hash(arrays), saved_hash)
@@ -383,11 +385,21 @@ def _at(nested: Mapping[str, Any], path: str) -> Any:
     return nested
 
 
-def _check_same_arrays(folder: Path, item: str, abstract: Any, saved: Any) -> None:
-    """Refuses a checkpoint whose arrays have other paths, shapes or types, naming the first few."""
-    describe = lambda leaf: f"{list(leaf.shape)} {jax.numpy.dtype(leaf.dtype).name}"  # noqa: E731
-    wanted = {path: describe(leaf) for path, leaf in _paths(abstract).items()}
-    found = {path: describe(leaf) for path, leaf in _paths(saved).items()}
+def _check_same_arrays(folder: Path, item: str, abstract: Any, saved: Any, num_layers: int | None) -> None:
+    """Refuses a checkpoint whose arrays have other paths, shapes or types, naming the first few.
+
+    Args:
+      num_layers: those of the model that was saved; arrays of layers may be longer, here and there.
+    """
+
+    def describe(path: str, leaf: Any) -> str:
+        shape = list(leaf.shape)
+        if num_layers and "layers" in path.split("/") and shape[:1] > [num_layers]:
+            shape[0] = num_layers
+        return f"{shape} {jax.numpy.dtype(leaf.dtype).name}"
+
+    wanted = {path: describe(path, leaf) for path, leaf in _paths(abstract).items()}
+    found = {path: describe(path, leaf) for path, leaf in _paths(saved).items()}
     differ = [path for path in (wanted | found) if wanted.get(path) != found.get(path)]
     if not differ:
         return

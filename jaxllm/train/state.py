@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxllm.layout import zero
+from jaxllm.layout.at_rest import fitted, shape_at_rest
 from jaxllm.layout.layout import Layout, as_dtype
 from jaxllm.layout.scope import joined, like, without
 from jaxllm.model.actor_critic import started_run
@@ -31,7 +32,8 @@ class TrainState(NamedTuple):
     """Everything a step reads and writes on the devices. The data iterator's state is saved beside it."""
 
     step: Int[Array, ""]  # batches consumed
-    params: Params  # float32 master weights of what is trained; those of the layers stacked as [layers, …]
+    # float32 master weights of what is trained; those of the layers stacked as [layers, …] (layout/at_rest.py)
+    params: Params
     optimizer: Any  # optax state; moments have the shapes of the params
     nonfinite: Int[Array, ""]  # steps without an update because the gradient was not finite
     loss_scale: Float[Array, ""]  # 1 unless compute is float16
@@ -99,22 +101,19 @@ def place_state(
 ) -> TrainState:
     """The state's shapes with their shardings under `layout`, whose mesh may be an `AbstractMesh`."""
 
-    def place(leaf: jax.ShapeDtypeStruct, partition: P = WHOLE) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(layout.mesh, partition))
+    def whole(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(layout.mesh, WHOLE))
 
-    def at_rest(shapes: Params, axes: Params) -> Params:
-        return jax.tree.map(lambda leaf, axes: zero.state_spec(layout, axes, leaf.shape), shapes, axes)
+    def moment(leaf: jax.ShapeDtypeStruct, param: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*param.shape[:1], *leaf.shape[1:]), leaf.dtype, sharding=param.sharding)
 
-    specs = at_rest(shapes.params, spec.trained_axes)
-    moments = map_param_leaves(optimizer, place, shapes.optimizer, specs, transform_non_params=place)
-    parts = {"params": specs}
-    for name in ("constants", "frozen"):
-        part = getattr(shapes, name)
-        parts[name] = at_rest(part, like(spec.held_axes(as_dtype(compute)), part))
-    parts["reference"] = at_rest(shapes.reference, like(spec.axes, shapes.reference))
-    placed = jax.tree.map(place, shapes._replace(optimizer=None, **dict.fromkeys(parts)))
-    trees = {name: jax.tree.map(place, getattr(shapes, name), specs) for name, specs in parts.items()}
-    return placed._replace(optimizer=moments, **trees)
+    held = spec.held_axes(as_dtype(compute))
+    axes = {"params": spec.trained_axes, "reference": like(spec.axes, shapes.reference)}
+    axes |= {name: like(held, getattr(shapes, name)) for name in ("constants", "frozen")}
+    parts = {name: spread(getattr(shapes, name), of_part, layout) for name, of_part in axes.items()}
+    moments = map_param_leaves(optimizer, moment, shapes.optimizer, parts["params"], transform_non_params=whole)
+    placed = jax.tree.map(whole, shapes._replace(optimizer=None, **dict.fromkeys(parts)))
+    return placed._replace(optimizer=moments, **parts)
 
 
 def init_state(
@@ -126,8 +125,8 @@ def init_state(
     reference: str = "",
 ) -> TrainState:
     """The state at step 0, made on the devices where it stays; its values depend on the seed alone."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(spec, optimizer, layout, compute, reference))
-    return jax.jit(lambda: new_state(spec, optimizer, seed, compute, reference), out_shardings=shardings)()
+    abstract = abstract_state(spec, optimizer, layout, compute, reference)
+    return _placed(lambda: new_state(spec, optimizer, seed, compute, reference), abstract)()
 
 
 def init_state_from(
@@ -150,29 +149,35 @@ def init_state_from(
       reference: its kind (train/reference.py).
       critic: its own parameters, where the run has one.
     """
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(spec, optimizer, layout, compute, reference))
+    abstract = abstract_state(spec, optimizer, layout, compute, reference)
 
     def make(base: Params, adapter: Params | None, critic: Params | None) -> TrainState:
-        params = started_run(spec, base, seed, prompt, critic)
+        params = started_run(spec, fitted(base, like(spec.shapes, base)), seed, prompt, critic)
         if adapter is not None:
-            params = joined(without(params, adapter), adapter)
+            params = joined(without(params, adapter), fitted(adapter, like(spec.shapes, adapter)))
         return state_of(params, spec, optimizer, compute, reference)
 
     given_up = () if spec.is_adapted else (0,)  # a base is held in another dtype: nothing of it can be used again
-    return jax.jit(make, out_shardings=shardings, donate_argnums=given_up)(base, adapter, critic)
+    return _placed(make, abstract, given_up)(base, adapter, critic)
 
 
 def frozen_state(base: Params, spec: ModelSpec, layout: Layout, compute: str) -> Params:
     """`TrainState.frozen` of the parameters of a model, which lie as `abstract_base` says."""
-    freeze = lambda base: spec.frozen(base, as_dtype(compute))  # noqa: E731
+    freeze = lambda base: spec.frozen(fitted(base, like(spec.shapes, base)), as_dtype(compute))  # noqa: E731
     shapes = jax.eval_shape(freeze, base)
-    abstract = spread(shapes, like(spec.held_axes(as_dtype(compute)), shapes), layout)
-    return jax.jit(freeze, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(base)
+    return _placed(freeze, spread(shapes, like(spec.held_axes(as_dtype(compute)), shapes), layout))(base)
 
 
 def placed_reference(make: Callable[..., Params], abstract: TrainState, *params: Params) -> Params:
     """What `make(*params)` makes of parameters, where the reference of a state lies."""
-    return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract.reference))(*params)
+    return _placed(make, abstract.reference)(*params)
+
+
+def _placed(make: Callable[..., Any], abstract: Any, donated: Sequence[int] = ()) -> Callable[..., Any]:
+    """The jitted function, its results where `abstract` has them and of those shapes."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    fit = lambda *arguments: fitted(make(*arguments), abstract)  # noqa: E731
+    return jax.jit(fit, out_shardings=shardings, donate_argnums=donated)
 
 
 def abstract_base(spec: ModelSpec, layout: Layout, scalar_head: bool = False) -> Params:
@@ -185,8 +190,9 @@ def spread(shapes: Params, axes: Params, layout: Layout) -> Params:
     """Parameters' shapes as `jax.ShapeDtypeStruct`s that lie as those of a state do."""
 
     def place(leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(layout.mesh, zero.state_spec(layout, axes, leaf.shape))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        shape = shape_at_rest(layout, axes, leaf.shape)
+        sharding = NamedSharding(layout.mesh, zero.state_spec(layout, axes, shape))
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map(place, shapes, axes)
 

@@ -19,18 +19,20 @@ def tree_hash(tree: Any) -> str:
 
     It depends on the path, shape, position and bits of every element, and on nothing else: each element's bits are
     mixed with its position and the mixed words are summed modulo 2^32, a sum that has one value in any order. Two
-    different mixes give 64 bits. It waits for the arrays; only 8 bytes a leaf leave the devices.
+    different mixes give 64 bits. Elements that are 0 add nothing, nor does the length of the first axis count: empty
+    layers after the last (layout/at_rest.py) change no hash. It waits for the arrays; only 8 bytes a leaf leave the
+    devices.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    words = [
-        in_order(_hasher(_everywhere(leaf))(leaf, _salt(jax.tree_util.keystr(path), leaf))) for path, leaf in leaves
-    ]
-    first, second = np.sum([np.asarray(pair, np.uint64) for pair in jax.device_get(words)], axis=0) & 0xFFFFFFFF
+    salts = [_salt(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
+    words = [in_order(_hasher(_everywhere(leaf))(leaf, salt)) for (_, leaf), salt in zip(leaves, salts, strict=True)]
+    first, second = np.sum([np.asarray(pair, np.uint64) for pair in jax.device_get(words)], axis=0)
+    first, second = ((int(word) + sum(map(int, salts))) & 0xFFFFFFFF for word in (first, second))
     return f"{first:08x}{second:08x}"
 
 
 def _salt(path: str, leaf: jax.Array) -> np.uint32:
-    return np.uint32(zlib.crc32(f"{path} {leaf.shape} {leaf.dtype}".encode()))
+    return np.uint32(zlib.crc32(f"{path} {leaf.shape[1:]} {leaf.dtype}".encode()))
 
 
 def _everywhere(leaf: jax.Array) -> NamedSharding | None:
@@ -51,8 +53,8 @@ def _hash_leaf(leaf: jax.Array, salt: UInt32[Array, ""]) -> UInt32[Array, "2"]:
     position = jnp.zeros(leaf.shape, jnp.uint32)
     for axis, size in enumerate(leaf.shape):
         position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-    first = _mix(bits ^ _mix(position + salt))
-    second = _mix(bits * jnp.uint32(0x9E3779B1) + _mix(position ^ ~salt))
+    first = jnp.where(bits == 0, 0, _mix(bits ^ _mix(position + salt)))
+    second = jnp.where(bits == 0, 0, _mix(bits * jnp.uint32(0x9E3779B1) + _mix(position ^ ~salt)))
     # One reduction of both: of two, XLA on CPUs stores each term, twice the bytes of the leaf.
     add = lambda sums, terms: (sums[0] + terms[0], sums[1] + terms[1])  # noqa: E731
     zeros = (jnp.uint32(0), jnp.uint32(0))

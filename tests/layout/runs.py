@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 
 from jaxllm.data.batch import Batch, Vocabulary, row_random
 from jaxllm.data.config import DataConfig
+from jaxllm.layout.at_rest import fitted
 from jaxllm.layout.config import LayoutConfig, MeshConfig
 from jaxllm.layout.layout import Layout, make_layout
 from jaxllm.layout.mesh import one_at_a_time
@@ -171,14 +172,14 @@ def train(
     config = dataclasses.replace(FLOAT32, precision=PrecisionConfig(compute=compute, gradients=layout.reduce_dtype))
     if compute == "float16":
         first = first._replace(loss_scale=np.float32(FIRST_LOSS_SCALE))
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(spec, optimizer, layout, compute))
-    state = jax.device_put(first, shardings)
+    abstract = abstract_state(spec, optimizer, layout, compute)
+    state = jax.device_put(fitted(first, abstract), jax.tree.map(lambda leaf: leaf.sharding, abstract))
     train_step = one_at_a_time(make_train_step(STEPS[step], spec, optimizer, schedule, config, layout))
     seen = []
     for number in range(steps):
         state, metrics = train_step(state, make_batch(spec, number, layout, step))
         seen.append([float(metrics["loss"]), float(metrics["grad_norm"])])
-    return Trained(np.array(seen), jax.device_get(state.params))
+    return Trained(np.array(seen), fitted(jax.device_get(state.params), first.params))
 
 
 @functools.cache
