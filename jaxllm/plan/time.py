@@ -1,0 +1,311 @@
+"""Seconds of a step: a roofline for each class of operation, put together as the schedule does.
+
+A matrix product takes the longer of its arithmetic at the card's sustained rate, less what tiles and waves leave idle,
+and its memory traffic. Attention runs at a part of that rate, elementwise work at a part of the memory's. A collective
+moves its bytes along a ring through the slower of the node's links and the network cards of its members. A pipeline
+fills, runs and drains (or, in lock step, ends each tick with its slowest stage). What the trainer runs under the
+computation is taken off, up to what there is of it.
+"""
+
+import math
+from typing import NamedTuple
+
+from jaxllm.layout.schedules import Action, make_schedule
+from jaxllm.plan.clusters import GIGA, Cluster
+from jaxllm.plan.job import Job
+from jaxllm.plan.practice import CONSTANTS, Constants
+from jaxllm.plan.work import Attention, Message, Product, end_work, layer_work, stage_weights, weights
+
+TILE = (128, 256)  # of a matrix product's result, that one multiprocessor makes at a time
+OPTIMIZER_BYTES = 28  # a weight: gradient, weight and two moments read; weight and moments written
+
+
+class Pass(NamedTuple):
+    """Seconds of one pass through something, by what they are spent on."""
+
+    products: float = 0.0
+    attention: float = 0.0
+    memory: float = 0.0
+    tensor: float = 0.0  # exposed communication inside a layer
+    experts: float = 0.0
+    context: float = 0.0
+    host: float = 0.0  # the device waits for the host
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+    def times(self, factor: float) -> "Pass":
+        return Pass(*(factor * part for part in self))
+
+    def plus(self, *others: "Pass") -> "Pass":
+        return Pass(*(sum(parts) for parts in zip(self, *others, strict=True)))
+
+
+class StepTime(NamedTuple):
+    """Seconds of a step on the critical path, by what they are spent on."""
+
+    products: float
+    attention: float
+    memory: float
+    tensor: float
+    experts: float
+    context: float
+    host: float
+    stages: float  # between stages of a pipeline
+    data: float  # ZeRO's gathers and the reduction of gradients
+    bubble: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+    @property
+    def communication(self) -> float:
+        return self.tensor + self.experts + self.context + self.stages + self.data
+
+
+def product_seconds(product: Product, job: Job, constants: Constants = CONSTANTS) -> float:
+    """One matrix product."""
+    gpu = job.cluster.gpu
+    rate = gpu.peak_flops(job.compute) * gpu.matmul_efficiency * _filled(product, gpu.multiprocessors)
+    moved = job.itemsize * (product.m * product.k + product.k * product.n + product.m * product.n)
+    return max(product.flops / rate, _moving(moved, job, constants))
+
+
+def _filled(product: Product, multiprocessors: int) -> float:
+    """The part of the tiles of the last wave, and of the last tile, that is work (NVIDIA's matmul guide)."""
+    rows, columns = math.ceil(product.m / TILE[0]), math.ceil(product.n / TILE[1])
+    waves = math.ceil(rows * columns / multiprocessors)
+    within = product.m * product.n / (rows * columns * TILE[0] * TILE[1])
+    return within * rows * columns / (waves * multiprocessors)
+
+
+def _moving(count: float, job: Job, constants: Constants) -> float:
+    return count / (job.cluster.gpu.memory_bandwidth * GIGA * constants.memory_efficiency)
+
+
+def attention_seconds(attention: Attention, job: Job, constants: Constants) -> tuple[float, float]:
+    """Forward and backward."""
+    gpu = job.cluster.gpu
+    rate = gpu.peak_flops(job.compute) * gpu.matmul_efficiency
+    if not attention.scores:
+        forward = attention.flops / (rate * constants.flash_forward)
+        slower = 1.5 if job.practice.deterministic else 1.0
+        return forward, slower * 2.5 * attention.flops / (rate * constants.flash_backward)  # 5 products for 2
+    size = job.itemsize
+    # Written by the first product, read and written by the softmax (and by dropout, with its mask), read by the second.
+    passes = 4 * size + job.practice.dropout * (2 * size + 1)
+    forward = attention.flops / (rate * constants.batched_products) + _moving(attention.scores * passes, job, constants)
+    products = 2 * attention.flops / (rate * constants.batched_products)
+    return forward, products + _moving(attention.scores * (passes + 2 * size), job, constants)
+
+
+def message_seconds(message: Message, job: Job, constants: Constants = CONSTANTS) -> float:
+    """A collective along one mesh axis, alone on the wires."""
+    size = job.mesh[message.axis]
+    if size == 1:
+        return 0.0
+    bandwidth = axis_bandwidth(message.axis, job, constants)
+    crosses = job.crosses_nodes(message.axis)
+    latency = constants.network_latency if crosses else constants.latency
+    if message.kind == "permute":
+        return message.bytes / bandwidth + latency
+    rounds = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1}[message.kind]
+    hops = math.log2(size)  # trees and rings of NCCL: the number of steps grows slowly
+    return rounds * (size - 1) / size * message.bytes / bandwidth + latency * (1 + hops)
+
+
+def axis_bandwidth(axis: str, job: Job, constants: Constants = CONSTANTS) -> float:
+    """Bytes a second that a device sends along a mesh axis: the links inside a node; outside, the network cards of all
+    members in the node together, since each ring goes out by another."""
+    links = _links(job.cluster, constants)
+    if not job.crosses_nodes(axis):
+        return links
+    cards = job.in_node(axis) * job.cluster.network_bandwidth * GIGA * constants.network_efficiency
+    return min(links, cards)
+
+
+def _links(cluster: Cluster, constants: Constants) -> float:
+    return cluster.gpu.link_bandwidth * GIGA * constants.link_efficiency
+
+
+def layer_passes(job: Job, constants: Constants = CONSTANTS) -> tuple[Pass, Pass]:
+    """Forward, and backward with what it computes again, of one layer and microbatch."""
+    work, practice = layer_work(job), job.practice
+    forward_products = sum(product_seconds(p, job, constants) for p in work.products)
+    attention, attention_back = attention_seconds(work.attention, job, constants)
+    memory = _moving(work.moved_bytes, job, constants)
+    sent = {axis: 0.0 for axis in ("model", "expert", "context")}
+    for message in work.messages:
+        sent[message.axis] += message_seconds(message, job, constants)
+        if practice.copies_gathered and message.kind == "all-gather" and message.axis == "model":
+            sent["model"] += _moving(2 * message.bytes, job, constants)
+    tensor = sent["model"] * (1 - practice.hides_tensor)
+    forward = Pass(forward_products, attention, memory, tensor, sent["expert"], sent["context"])
+    # Of a product's two gradients, that of a frozen weight is not computed.
+    by_input = sum(product_seconds(Product(p.name, p.m, p.n, p.k), job, constants) for p in work.products)
+    by_weight = sum(product_seconds(Product(p.name, p.k, p.m, p.n), job, constants) for p in work.products)
+    trained = 1.0 if job.trained == 1 else 0.0
+    summing = weights(job).layer + weights(job).experts
+    moved = 1.6 * work.moved_bytes + trained * practice.accumulation_bytes * summing * (job.num_microbatches > 1)
+    # Sequence parallelism gathers once more for the gradient of the weights (Korthikanti et al. 2022, section 4.2.2).
+    again = 1.5 if job.layout.sequence_parallel else 1.0
+    backward = Pass(
+        by_input + trained * by_weight,
+        attention_back,
+        _moving(moved, job, constants),
+        again * tensor,
+        sent["expert"],
+        2 * sent["context"],
+        practice.host_seconds,
+    )
+    return forward, backward.plus(_recomputed(job, forward))
+
+
+def _recomputed(job: Job, forward: Pass) -> Pass:
+    products, attention, memory = dict(job.practice.recomputes)[job.layout.remat]
+    again = Pass(
+        products * forward.products,
+        attention * forward.attention,
+        memory * forward.memory,
+        products * forward.tensor,
+        products * forward.experts,
+        attention * forward.context,
+    )
+    if job.stages > 1 and job.practice.stage_recomputes:
+        again = again.plus(forward)
+    return again
+
+
+def end_passes(job: Job, constants: Constants = CONSTANTS) -> tuple[Pass, Pass]:
+    """Of the embedding and of the head, forward and backward together, for one microbatch."""
+    work = end_work(job)
+    head = 0.0
+    for p in work.products:
+        forward = product_seconds(p, job, constants)
+        head += forward * (2 if job.practice.chunked_loss else 1)
+        head += product_seconds(Product(p.name, p.m, p.n, p.k), job, constants)
+        head += product_seconds(Product(p.name, p.k, p.m, p.n), job, constants) * (job.trained == 1)
+    loss = _moving(work.moved_bytes, job, constants)
+    return Pass(memory=_moving(work.lookup_bytes, job, constants)), Pass(products=head, memory=loss)
+
+
+def step_time(job: Job, constants: Constants = CONSTANTS) -> StepTime:
+    """Seconds of one step."""
+    forward, backward = layer_passes(job, constants)
+    if job.forwards:
+        backward = backward.plus(forward.times(job.forwards))
+    if job.models != 1:
+        forward, backward = forward.times(job.models), backward.times(job.models)
+    first, last = end_passes(job, constants)
+    run, bubble, permutes = _run(job, forward, backward, first, last, constants)
+    data = _data(job, run, constants)
+    optimizer = _moving(OPTIMIZER_BYTES * job.trained * _state_elements(job), job, constants)
+    return StepTime(*run, stages=permutes, data=data, bubble=bubble, optimizer=optimizer)
+
+
+def _run(job: Job, forward: Pass, backward: Pass, first: Pass, last: Pass, constants: Constants):
+    """The work of the busiest stage over all microbatches, the bubble, and the messages between stages."""
+    layers, count, stages = job.stage_layers, job.num_microbatches, job.stages
+    of_stage = [forward.plus(backward).times(number) for number in layers]
+    of_stage[0] = of_stage[0].plus(first)
+    of_stage[-1] = of_stage[-1].plus(last)
+    busiest = max(of_stage, key=lambda p: p.total)
+    work = busiest.times(count)
+    if stages == 1:
+        return work, 0.0, 0.0
+    sent = _between_stages(job, constants) * (1 - job.practice.hides_pipeline)
+    virtual = job.layout.virtual_stages
+    if job.practice.lockstep:
+        ticks, exchanges = _lockstep(job, forward, backward, first, last)
+        return work, max(ticks - work.total, 0.0), exchanges * sent
+    fill = sum(p.total for p in of_stage) - busiest.total
+    permutes = 2 * virtual * count * sent
+    return work, (fill + 2 * (stages - 1) * sent) / virtual, permutes
+
+
+def _lockstep(job: Job, forward: Pass, backward: Pass, first: Pass, last: Pass) -> tuple[float, int]:
+    """Seconds of all ticks, each as long as its dearest action, and how many there are (layout/pipeline.py)."""
+    count, stages, virtual = job.num_microbatches, job.stages, job.layout.virtual_stages
+    # Few microbatches tell what many cost: ticks in the middle repeat.
+    few = min(count, 4 * stages - 4 * stages % stages if virtual == 1 else 4 * stages)
+    times = [_ticks(job, number, forward, backward, first, last) for number in {few, min(count, few + stages)}]
+    if len(times) == 1:
+        return times[0]
+    (seconds, ticks), (more, more_ticks) = sorted(times)
+    rest = (count - few) / stages
+    return seconds + rest * (more - seconds), round(ticks + rest * (more_ticks - ticks))
+
+
+def _ticks(job: Job, count: int, forward: Pass, backward: Pass, first: Pass, last: Pass) -> tuple[float, int]:
+    table = make_schedule(job.layout.schedule, job.stages, count, job.layout.virtual_stages)
+    virtual = job.layout.virtual_stages
+    half = 0.5 * (backward.total - forward.total)  # an input's gradient, or a weight's, beside the layers once more
+    cost = {
+        Action.IDLE: 0.0,
+        Action.FORWARD: forward.total,
+        Action.BACKWARD: backward.total,
+        Action.BACKWARD_INPUT: forward.total + half,
+        Action.BACKWARD_WEIGHT: forward.total + half,
+    }
+    seconds = 0.0
+    for row in table.action:
+        longest = 0.0
+        for stage, action in enumerate(row):
+            spent = job.stage_layers[stage] / virtual * cost[Action(int(action))]
+            if stage == job.stages - 1:
+                # Its forward action only takes the input in: the backward one begins with the layers.
+                spent = 0.0 if action == Action.FORWARD else spent
+                spent += last.total * (action in (Action.BACKWARD, Action.BACKWARD_INPUT)) / virtual
+            spent += first.total * (stage == 0 and action == Action.FORWARD) / virtual
+            longest = max(longest, spent)
+        seconds += longest
+    return seconds, len(table.action)
+
+
+def _between_stages(job: Job, constants: Constants) -> float:
+    """Seconds of one exchange between neighbouring stages."""
+    count = job.tokens * job.model.embed_dim * job.itemsize
+    if job.practice.scatters_stages or job.layout.sequence_parallel:
+        count /= job.tensor
+    return message_seconds(Message("between stages", "permute", "pipeline", count), job, constants)
+
+
+def _data(job: Job, run: Pass, constants: Constants) -> float:
+    """Exposed seconds of ZeRO's gathers and the reduction of gradients, of the stage with most weights."""
+    held = max(stage_weights(job, stage) for stage in range(job.stages)) * job.models
+    seconds = sum(message_seconds(m, job, constants) for m in data_messages(job, held))
+    hidden = min(seconds * job.practice.hides_data, 0.9 * (run.products + run.attention + run.memory))
+    return seconds - hidden
+
+
+def data_messages(job: Job, held: float) -> list[Message]:
+    """The traffic of ZeRO and data parallelism a step, for so many weights on a device (Rajbhandari et al. 2020)."""
+    zero, practice, found = job.layout.zero_stage, job.practice, []
+    gradient, weight = held * job.trained * practice.gradient_traffic, held * practice.gather_traffic
+    trained_weight = weight * job.trained
+    if job.mesh["data"] > 1:
+        if zero == 0:
+            found.append(Message("gradients", "all-reduce", "data", gradient))
+        elif zero == 1:
+            found.append(Message("gradients", "reduce-scatter", "data", gradient))
+            found.append(Message("weights", "all-gather", "data", trained_weight))
+        else:
+            times = job.num_microbatches
+            found.append(Message("gradients", "reduce-scatter", "data", gradient * times))
+            gathers = 1 if zero == 2 else 2 * times
+            found.append(Message("weights", "all-gather", "data", (weight if zero == 3 else trained_weight) * gathers))
+    if job.mesh["replica"] > 1:
+        part = gradient / (job.mesh["data"] if zero else 1)
+        found.append(Message("gradients", "all-reduce", "replica", part))
+    if job.mesh["expert"] > 1 and zero < 2:
+        dense = gradient * weights(job).layer / (weights(job).layer + weights(job).experts)
+        found.append(Message("gradients", "all-reduce", "expert", dense))
+    return found
+
+
+def _state_elements(job: Job) -> float:
+    held = max(stage_weights(job, stage) for stage in range(job.stages)) * job.models
+    return held / (job.mesh["data"] if job.layout.zero_stage else 1)
