@@ -10,4 +10,5 @@ FLAGS = (
 )
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["PJRT_NPROC"] = "32"  # threads, as jaxllm/cli/main.py sets them
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()

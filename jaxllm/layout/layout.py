@@ -22,7 +22,7 @@ from jaxtyping import Array
 from jaxllm.config import one_of
 from jaxllm.errors import UserError
 from jaxllm.layout.config import LayoutConfig, MeshConfig
-from jaxllm.layout.mesh import make_mesh
+from jaxllm.layout.mesh import make_mesh, platform_of
 from jaxllm.layout.rules import Rules, describe, make_rules
 from jaxllm.layout.scope import Axes, tensor_scope
 
@@ -157,11 +157,10 @@ def chosen_layout() -> Layout | None:
 
 
 def platform() -> str:
-    """That of the devices of the layout in use, which need not be here; "cpu" or "gpu"."""
+    """`platform_of` the devices of the layout in use, which need not be here."""
     layout = _current.get()
-    if layout is None or not isinstance(layout.mesh, Mesh):
-        return jax.default_backend()
-    return layout.mesh.devices.flat[0].platform
+    has_devices = layout is not None and isinstance(layout.mesh, Mesh)
+    return platform_of(layout.mesh.devices.flat[0] if has_devices else jax.devices()[0])
 
 
 def constrain(x: Array, *axes: str | None) -> Array:

@@ -80,6 +80,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def platform_of(device: jax.Device) -> str:
+    """ "cpu", "gpu", or of a GPU that lacks what Hopper brought (cuDNN's packed attention) "gpu before Hopper"."""
+    capability = str(getattr(device, "compute_capability", "") or "9.0")
+    before = device.platform == "gpu" and tuple(map(int, capability.split("."))) < (9, 0)
+    return "gpu before Hopper" if before else device.platform
+
+
 def one_at_a_time(program: Callable[..., Any]) -> Callable[..., Any]:
     """A jitted function whose results come back once the next program may follow it (`in_order`)."""
     return lambda *arguments: in_order(program(*arguments))

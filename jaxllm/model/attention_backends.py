@@ -35,7 +35,7 @@ MASKED = -1e30  # a logit whose exponential is 0; not -inf, so that a row with n
 def choose_backend(
     name: str, platform: str, *, compute: str, dropout: float, context: int = 1, pattern: Pattern = CAUSAL
 ) -> str:
-    """The backend that `config.layout.attention=name` means on a platform ("cpu", "gpu").
+    """The backend that `config.layout.attention=name` means on a platform (`platform_of`).
 
     Args:
       context: into how many parts the sequence is split.
@@ -57,8 +57,8 @@ def choose_backend(
     runs = platform == "gpu" and fits
     if name == "cudnn" and not runs:
         raise UserError(
-            "config.layout.attention='cudnn' needs a GPU, bfloat16 or float16 compute and attention_dropout=0 "
-            f"(here: {platform}, {compute}, {dropout}). Use 'xla' or 'auto'."
+            "config.layout.attention='cudnn' needs a GPU (Hopper or later: documents are packed), bfloat16 or float16 "
+            f"compute and attention_dropout=0 (here: {platform}, {compute}, {dropout}). Use 'xla' or 'auto'."
         )
     return ("cudnn" if runs else "xla") if name == "auto" else name
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.errors import UserError
 from jaxllm.layout.layout import CONTEXT_ATTENTION, Layout, as_dtype, constrain, use_layout
+from jaxllm.layout.mesh import platform_of
 from jaxllm.layout.sequence import to_device_order, to_text_order
 from jaxllm.model.attention_backends import BACKENDS, KEY_AXES, QUERY_AXES, attend, choose_backend
 from jaxllm.model.attention_pattern import CAUSAL, Pattern, pattern_of
@@ -44,7 +45,7 @@ def check_backend(layout: Layout, config: ModelConfig, compute: str) -> str:
       UserError: a backend that cannot run here, or whose output or gradients differ: its name, the difference, what to
         use instead.
     """
-    platform = layout.mesh.devices.flat[0].platform
+    platform = platform_of(layout.mesh.devices.flat[0])
     rates = (config.attention_dropout, 0.0)
     setting = {"compute": compute, "context": layout.size("length"), "pattern": pattern_of(config)}
     in_use = [choose_backend(layout.attention, platform, dropout=rate, **setting) for rate in rates]

@@ -176,3 +176,4 @@ def virtual_devices(num_devices: int) -> None:
     """Makes processes started from here see `num_devices` CPU devices. GPUs stay what they are."""
     before = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(_HOST_DEVICES)]
     os.environ["XLA_FLAGS"] = " ".join([*before, f"{_HOST_DEVICES}={num_devices}"])
+    os.environ.setdefault("PJRT_NPROC", str(4 * num_devices))  # as in cli/main.py
