@@ -44,7 +44,7 @@ def collectives(hlo: str, mesh: Mesh, branch_runs: int = 0) -> list[Collective]:
     for computation, line in _lines(hlo):
         if match := _OPERATION.search(line):
             axes = _mesh_axes(line, mesh)
-            shapes = _SHAPE.findall(match["shapes"])
+            shapes = _results(line, match)
             named = _METADATA.search(line)
             names = _parts(named["name"], len(shapes)) if named else [""] * len(shapes)
             frame = int(named["frame"] or 0) if named else 0
@@ -58,10 +58,24 @@ def collectives(hlo: str, mesh: Mesh, branch_runs: int = 0) -> list[Collective]:
     return found
 
 
+def _results(line: str, match: re.Match) -> list[tuple[str, str]]:
+    """(dtype, dimensions) of each result. The start of an asynchronous operation, as GPUs have them, names its operands
+    before its results; that of an all-reduce the results alone."""
+    shapes = _SHAPE.findall(match["shapes"])
+    operands = line[match.end() :].partition(")")[0].count("%")
+    return shapes[operands : 2 * operands] if len(shapes) >= 2 * operands > 0 else shapes
+
+
 def metadata(hlo: str) -> Iterator[tuple[str, int]]:
     """(name, stack frame or 0) of each operation that has a name."""
     for match in _METADATA.finditer(hlo):
         yield match["name"], int(match["frame"] or 0)
+
+
+def metadata_of(line: str) -> tuple[str, int]:
+    """(name, stack frame or 0) of the operation on a line; "" where it has none."""
+    match = _METADATA.search(line)
+    return (match["name"], int(match["frame"] or 0)) if match else ("", 0)
 
 
 def _parts(name: str, number: int) -> list[str]:

@@ -11,7 +11,7 @@ from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.data.tokenizer_training import parse_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.layout.layout import Layout, make_layout
-from jaxllm.layout.scope import Tensor
+from jaxllm.layout.scope import Tensor, map_leaves
 from jaxllm.model.spec import ACTIVATIONS, ModelSpec
 from jaxllm.steps import STEPS
 from jaxllm.train.config import Config
@@ -40,6 +40,14 @@ class Program(_Fields):
         optimizer, schedule = _optimizer(config, self.spec), make_schedule(config.optimizer, config.train.steps)
         step = make_train_step(STEPS[config.train_step], self.spec, optimizer, schedule, config, self.layout)
         return step.trace(self.state, self.batch).lower()
+
+    def is_trained(self, path: str) -> bool:
+        """Whether the parameter at this path has a gradient."""
+        return path in self._trained
+
+    @cached_property
+    def _trained(self) -> set[str]:
+        return set(map_leaves(lambda w, _: w, self.state.params, self.spec.trained_axes))
 
     @property
     def activations(self) -> dict[str, Tensor]:
