@@ -17,6 +17,7 @@ def get_config():
     config.data.batch_size = 2048
     config.mesh.update(pipeline=12, data=8, model=4)
     config.layout.update(zero_stage=1, num_microbatches=128, schedule="1f1b", stage_layers="light_ends", remat="full")
+    config.cluster.update(name="jean-zay-a100", gpus=384)
     config.optimizer.update(learning_rate=6e-5, warmup_steps=183, clip_norm=1.0)
     config.train.update(steps=87_000, eval_every=1_000, eval_batches=64, checkpoint_every=100, keep=3)
     return config

@@ -23,6 +23,7 @@ def get_config():
     )
     config.mesh.update(data=-1, model=1)
     config.layout.update(zero_stage=3, num_microbatches=8, remat="full")
+    config.cluster.update(name="h100x8", gpus=64)
     config.optimizer.update(learning_rate=3e-4, warmup_steps=2_000, final_fraction=0.1, clip_norm=1.0)
     config.train.update(steps=250_000, eval_every=1_000, eval_batches=64, checkpoint_every=1_000, keep=3)
     return config

@@ -25,6 +25,7 @@ def get_config():
         num_microbatches=64,
         remat="full",
     )
+    config.cluster.update(name="h100x8", gpus=2048)
     config.optimizer.update(learning_rate=1.5e-4, warmup_steps=2_000, clip_norm=1.0)
     config.train.update(steps=125_000, eval_every=1_000, eval_batches=64, checkpoint_every=500, keep=3)
     return config

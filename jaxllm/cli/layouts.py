@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
         raise UserError("say on how many devices: --devices N, 1 or more.")
     if options.steps < 1:
         raise UserError(f"--steps={options.steps} must be 1 or more.")
-    config = _with_vocabulary(load_config(options.config, overrides), options.measure)
+    config = with_vocabulary(load_config(options.config, overrides), options.measure)
 
     from jaxllm.plan.layouts import judged_layouts, variations
 
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
     return 0 if (any(_is_timed(result) for result in results.values()) if options.measure else legal) else 1
 
 
-def _with_vocabulary(config: Config, measures: bool) -> Config:
+def with_vocabulary(config: Config, measures: bool) -> Config:
     """The config with the vocabulary that it, or its tokenizer, says; for a list another one may stand in."""
     from jaxllm.data.tokenizer import load_tokenizer
     from jaxllm.data.tokenizer_training import parse_tokenizer

@@ -21,6 +21,7 @@ VERBS = {
     "convert": "a model from or to a Hugging Face directory",
     "instructions": "sets of examples for fine-tuning: cleaned, written by a model, looked into",
     "layouts": "every layout of a model on N devices: legal, measured",
+    "plan": "whether a run fits a cluster, what it sends and how long it takes, without a GPU",
     "explain": "where each tensor lies under a layout, and what each collective is for",
 }
 

@@ -38,13 +38,14 @@ def main(argv: list[str]) -> int:
     from jaxllm.train.checks import check
 
     check(config, jax.device_count())
+    from jaxllm.plan.expect import expected
     from jaxllm.rollout.source import RolloutSource
     from jaxllm.steps import STEPS
     from jaxllm.train import loop
     from jaxllm.train.source import DatasetSource
 
     open_source = RolloutSource if STEPS[config.train_step].draws else DatasetSource
-    return loop.train(config, workdir, open_source=open_source)
+    return loop.train(config, workdir, open_source=open_source, expects=expected)
 
 
 def _check_workdir(workdir: Path) -> None:

@@ -1,4 +1,4 @@
-"""The two config groups of a layout: `config.mesh.*` and `config.layout.*`."""
+"""The config groups of a layout: `config.mesh.*`, `config.layout.*`, and the cluster it is for, `config.cluster.*`."""
 
 from dataclasses import dataclass
 
@@ -13,6 +13,17 @@ class MeshConfig:
     expert: int = 1  # experts, and the batch outside them
     context: int = 1  # the sequence (ring attention)
     model: int = 1  # heads, mlp, vocab (tensor parallelism); innermost, over NVLink
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """What a run is meant for: `jaxllm plan` reads it, nothing that trains does. 0 and "": as the table has it."""
+
+    name: str = "h100x8"  # a cluster of plan/clusters.toml, or a file such as that one: FILE.toml
+    gpus: int = 0  # 0: as few as config.mesh has, -1 being 1
+    gpu: str = ""  # another card in the nodes of `name`
+    gpus_per_node: int = 0
+    network_bandwidth: float = 0.0  # GB/s of a GPU to other nodes, in one direction
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.errors import UserError, did_you_mean
+from jaxllm.layout.config import ClusterConfig, MeshConfig
 
 GIGA, TERA = 1e9, 1e12
 NEEDED = ("gpu", "gpus_per_node", "network_bandwidth")
@@ -86,6 +88,26 @@ def load_cluster(name: str) -> Cluster:
     return _cluster(name, tables, "clusters.toml")
 
 
+def chosen_cluster(
+    config: ClusterConfig, mesh: MeshConfig, name: str = "", num_gpus: int | None = None
+) -> tuple[Cluster, int]:
+    """The cluster that flags or else a config name, with what the config changes of it; and the number of GPUs.
+
+    Raises:
+      UserError: an unknown cluster, or GPUs that are no whole nodes.
+    """
+    least = math.prod(max(size, 1) for size in dataclasses.asdict(mesh).values())
+    count = (config.gpus or least) if num_gpus is None else num_gpus
+    cluster = load_cluster(name or config.name)
+    if not name or name == config.name:
+        changed = {"gpus_per_node": config.gpus_per_node, "network_bandwidth": config.network_bandwidth}
+        cluster = dataclasses.replace(cluster, **{field: value for field, value in changed.items() if value})
+        if config.gpu:
+            cluster = dataclasses.replace(cluster, gpu=Gpu(**_gpu(config.gpu, _known(), "config.cluster.gpu")))
+    cluster.check_gpus(count)
+    return cluster, count
+
+
 def cluster_names() -> list[str]:
     """The clusters of the table."""
     return list(_known()["cluster"])
@@ -116,14 +138,18 @@ def _cluster(name: str, tables: Mapping[str, Any], source: str) -> Cluster:
     missing = [field for field in NEEDED if field not in row]
     if missing:
         raise UserError(f"{source}: [cluster.{name}] has no {missing[0]}.")
-    gpu = _inherited(row["gpu"], tables["gpu"], "gpu", source)
+    gpu = Gpu(**_gpu(row["gpu"], tables, source))
+    return Cluster(name, gpu, row["gpus_per_node"], row["network_bandwidth"])
+
+
+def _gpu(name: str, tables: Mapping[str, Any], source: str) -> dict[str, Any]:
+    gpu = _inherited(name, tables["gpu"], "gpu", source)
     fields = {f.name for f in dataclasses.fields(Gpu)}
     wrong = sorted(fields ^ set(gpu))
     if wrong:
         what = "has no" if wrong[0] in fields else "may have no"
-        raise UserError(f"{source}: [gpu.{row['gpu']}] {what} {wrong[0]}.")
-    gpu["compute_capability"] = tuple(gpu["compute_capability"])
-    return Cluster(name, Gpu(**gpu), row["gpus_per_node"], row["network_bandwidth"])
+        raise UserError(f"{source}: [gpu.{name}] {what} {wrong[0]}.")
+    return gpu | {"compute_capability": tuple(gpu["compute_capability"])}
 
 
 def _inherited(name: str, table: Mapping[str, Any], kind: str, source: str) -> dict[str, Any]:

@@ -152,22 +152,22 @@ def _spec(model: ModelConfig) -> ModelSpec:
 def _meshes(config: Config, num_devices: int) -> list[MeshConfig]:
     """Every way to deal the devices to the axes; `expert` stays as it is where the model has no experts."""
     if config.model.num_experts:
-        return [MeshConfig(**dict(zip(AXES, sizes, strict=True))) for sizes in _factorisations(num_devices, len(AXES))]
+        return [MeshConfig(**dict(zip(AXES, sizes, strict=True))) for sizes in factorisations(num_devices, len(AXES))]
     expert = max(config.mesh.expert, 1)
     if num_devices % expert:
         return [config.mesh]
     rest = [axis for axis in AXES if axis != "expert"]
-    factorisations = _factorisations(num_devices // expert, len(rest))
-    return [MeshConfig(expert=expert, **dict(zip(rest, sizes, strict=True))) for sizes in factorisations]
+    found = factorisations(num_devices // expert, len(rest))
+    return [MeshConfig(expert=expert, **dict(zip(rest, sizes, strict=True))) for sizes in found]
 
 
-def _factorisations(number: int, parts: int) -> Iterator[tuple[int, ...]]:
+def factorisations(number: int, parts: int) -> Iterator[tuple[int, ...]]:
     """Every tuple of `parts` sizes whose product is `number`."""
     if parts == 1:
         yield (number,)
         return
     for size in _divisors(number):
-        for rest in _factorisations(number // size, parts - 1):
+        for rest in factorisations(number // size, parts - 1):
             yield (size, *rest)
 
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from jaxllm.config import defaults, one_of, read_group
 from jaxllm.data.config import DataConfig
 from jaxllm.errors import UserError, did_you_mean
-from jaxllm.layout.config import LayoutConfig, MeshConfig
+from jaxllm.layout.config import ClusterConfig, LayoutConfig, MeshConfig
 from jaxllm.model.adapter_config import AdapterConfig
 from jaxllm.model.config import ModelConfig
 from jaxllm.steps.alignment_config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig
@@ -75,6 +75,7 @@ class Config:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     layout: LayoutConfig = field(default_factory=LayoutConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -1,6 +1,7 @@
 """A training run from its config to its last checkpoint, top to bottom."""
 
 import contextlib
+import dataclasses
 import errno
 import gc
 import json
@@ -20,6 +21,7 @@ from jaxllm.train.begin import Beginner
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.checks import check
 from jaxllm.train.config import Config, config_dict
+from jaxllm.train.expectation import Expects, compiled_line, measured_line, planned_line
 from jaxllm.train.initial import carry_origin, check_initial, refuse_new_tokenizer, refuse_parameters_alone
 from jaxllm.train.initial_adapter import check_initial_adapter
 from jaxllm.train.learner import spec_of
@@ -46,6 +48,7 @@ def train(
     devices: Sequence[jax.Device] | None = None,
     quiet: bool = False,
     open_source: OpenSource = DatasetSource,
+    expects: Expects | None = None,
 ) -> int:
     """Trains a model in `workdir`, or goes on from its newest checkpoint that can be read.
 
@@ -53,6 +56,7 @@ def train(
       devices: default all.
       quiet: print nothing; metrics.jsonl holds the figures all the same.
       open_source: where the batches come from; for steps whose model writes them, jaxllm.rollout's.
+      expects: what a planner expects; printed beside what the compiler and the devices then do.
 
     Returns:
       The exit code: 0 done, 1 the gradient stayed non-finite, 75 preempted (SIGTERM, SIGUSR1) after a good save.
@@ -102,6 +106,9 @@ def train(
         abstract = abstract_state(spec, optimizer, layout, config.precision.compute, reference)
         for line in [*source.describe(), *describe_run(config, spec, layout, abstract, source)]:
             report.say(line)
+        expected = expects(dataclasses.replace(config, model=spec.config), layout) if expects else None
+        if expected:
+            report.say(planned_line(expected))
         train_step = compile_checked(
             make_train_step(step_function, spec, optimizer, schedule, config, layout, source.tokenizer.vocab_size)
             .trace(abstract, abstract_batch(config, layout))
@@ -111,6 +118,8 @@ def train(
             allow_replication=config.layout.allow_replication,
             warn=report.say,
         )
+        if expected:
+            report.say(compiled_line(expected, train_step))
 
         # State: restored, or fresh.
         beginner = Beginner(config, workdir, spec, optimizer, layout, reference, source.tokenizer, report.say)
@@ -144,6 +153,11 @@ def train(
                 record = monitor.read(unread, logs=unread.step % config.train.log_every == 0)
                 if unread.step % config.train.log_every == 0:
                     monitor.log(record)
+                    if expected and (
+                        line := measured_line(expected, record, tokens_a_step, layout.mesh.devices.flat[0])
+                    ):
+                        report.say(line)
+                    expected = None
                 if monitor.nonfinite_on_end > config.train.max_nonfinite:
                     report.say(_too_many_nonfinite(unread.step, monitor.nonfinite_on_end, checkpoints.steps()))
                     return FAILED

@@ -1,0 +1,166 @@
+"""A plan as one HTML page that needs nothing else: memory, shardings, the schedule as a timeline, traffic by link."""
+
+import html
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from jaxllm.layout.schedules import Action, make_schedule
+from jaxllm.plan.clusters import Cluster
+from jaxllm.plan.compiled import Compiled
+from jaxllm.plan.estimate import Estimate
+from jaxllm.plan.explain import tensor_rows
+from jaxllm.plan.job import make_job
+from jaxllm.plan.program import Program
+from jaxllm.plan.report import SPENT, gigabytes
+from jaxllm.plan.time import step_time
+from jaxllm.plan.traffic import axis_traffic
+from jaxllm.train.config import Config
+
+COLOURS = ("#4c78a8", "#72b7b2", "#9ecae9", "#f58518", "#e45756", "#b279a2", "#eeca3b", "#54a24b", "#9d755d", "#bab0ac")
+ACTIONS = {
+    Action.FORWARD: ("F", "#4c78a8"),
+    Action.BACKWARD: ("B", "#54a24b"),
+    Action.BACKWARD_INPUT: ("I", "#72b7b2"),
+    Action.BACKWARD_WEIGHT: ("W", "#eeca3b"),
+}
+DRAWN_TICKS = 160  # of a schedule; what follows repeats
+WIDTH = 960  # pixels
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1000px; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; font-size: 13px; } td, th { padding: 2px 12px 2px 0; text-align: left; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } h2 { margin-top: 2rem; }
+.key { display: inline-block; width: 12px; height: 12px; margin: 0 4px 0 14px; } .note { color: #666; }
+"""
+
+
+def page(
+    head: str,
+    config: Config,
+    cluster: Cluster,
+    num_gpus: int,
+    found: Estimate,
+    program: Program | None,
+    compiled: Compiled | None,
+) -> str:
+    """The text of the page. What only a compiled step tells is left out where nothing was compiled."""
+    job = make_job(config, cluster, num_gpus)
+    sections = [
+        ("Memory of a GPU", _memory(found, compiled, cluster)),
+        ("Seconds of a step", _time(found)),
+        ("Traffic of a GPU by link", _traffic(job, compiled)),
+    ]
+    if job.stages > 1:
+        sections.append(("Schedule", _schedule(config, job)))
+    if program is not None:
+        sections.append(("Where each parameter lies", _shardings(program)))
+    if compiled is not None:
+        sections.append(("Largest temporaries", _buffers(compiled)))
+    body = "\n".join(f"<h2>{title}</h2>\n{content}" for title, content in sections)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>jaxllm plan</title><style>{STYLE}</style>'
+        f"</head><body>\n<h1>jaxllm plan</h1>\n<p>{html.escape(head)}</p>\n{body}\n</body></html>\n"
+    )
+
+
+def _bar(parts: Sequence[tuple[str, float]], whole: float, mark: float | None, written) -> str:
+    """A stacked bar with its key; `mark` is drawn as a line."""
+    shown, x, pieces, keys = [p for p in parts if p[1] > 0], 0.0, [], []
+    scale = WIDTH / max(whole, sum(size for _, size in shown))
+    for number, (name, size) in enumerate(shown):
+        colour = COLOURS[number % len(COLOURS)]
+        label = html.escape(f"{name}: {written(size)}")
+        pieces.append(
+            f'<rect x="{x:.1f}" width="{size * scale:.1f}" height="44" fill="{colour}"><title>{label}</title></rect>'
+        )
+        keys.append(f'<span class="key" style="background:{colour}"></span>{label}')
+        x += size * scale
+    if mark is not None:
+        pieces.append(f'<line x1="{mark * scale:.1f}" x2="{mark * scale:.1f}" y1="0" y2="52" stroke="#000"/>')
+    return f'<svg width="{WIDTH}" height="54" role="img">{"".join(pieces)}</svg>\n<p>{"".join(keys)}</p>'
+
+
+def _memory(found: Estimate, compiled: Compiled | None, cluster: Cluster) -> str:
+    parts = found.memory._asdict() if compiled is None else compiled.memory._asdict()
+    total = parts.pop("total", found.memory.total)
+    by = "counted" if compiled is None else f"by XLA, for {compiled.on}"
+    bar = _bar(list(parts.items()), cluster.gpu.memory_bytes, found.usable_bytes, gigabytes)
+    return f"{bar}<p>{gigabytes(total)} ({html.escape(by)}); the line is what a program may fill.</p>"
+
+
+def _time(found: Estimate) -> str:
+    parts = [(SPENT[name], spent) for name, spent in found.time._asdict().items()]
+    days = f"{found.tokens / 1e9:,.1f} billion tokens take {found.days:,.1f} days, {found.gpu_hours:,.0f} GPU-hours"
+    return (
+        _bar(parts, found.time.total, None, lambda s: f"{s:.3g} s")
+        + f"<p>{found.time.total:.3g} s, {found.tokens_per_second:,.0f} tokens/s, MFU {found.mfu:.1%}; {days}.</p>"
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequence[int] = ()) -> str:
+    cell = lambda tag, i, value: f"<{tag}{' class=n' if i in numbers else ''}>{html.escape(str(value))}</{tag}>"  # noqa: E731
+    line = lambda tag, row: "<tr>" + "".join(cell(tag, i, value) for i, value in enumerate(row)) + "</tr>"  # noqa: E731
+    return "<table>" + line("th", head) + "".join(line("td", row) for row in rows) + "</table>"
+
+
+def _traffic(job, compiled: Compiled | None) -> str:
+    rows = axis_traffic(job, compiled.collectives if compiled else None)
+    cells = [
+        (
+            row.axis,
+            job.mesh[row.axis],
+            "network" if row.crosses_nodes else "node",
+            "-" if row.sent is None else gigabytes(row.sent),
+            gigabytes(row.theory),
+        )
+        for row in rows
+    ]
+    head = ("mesh axis", "devices", "link", "sent a step", "by the formulas")
+    return _table(head, cells, numbers=(1, 3, 4)) if cells else "<p>Nothing is sent.</p>"
+
+
+def _schedule(config: Config, job) -> str:
+    table = make_schedule(config.layout.schedule, job.stages, job.num_microbatches, config.layout.virtual_stages)
+    ticks = min(table.num_ticks, DRAWN_TICKS)
+    width, height = WIDTH / ticks, 18
+    pieces = []
+    for tick in range(ticks):
+        for stage in range(job.stages):
+            action = Action(int(table.action[tick][stage]))
+            if action == Action.IDLE:
+                continue
+            letter, colour = ACTIONS[action]
+            microbatch = int(table.microbatch[tick][stage])
+            title = f"tick {tick}, stage {stage}: {letter} of microbatch {microbatch}"
+            place = f'x="{tick * width:.2f}" y="{stage * height}" width="{width:.2f}" height="{height - 2}"'
+            pieces.append(f'<rect {place} fill="{colour}"><title>{title}</title></rect>')
+    note = f"{table.num_ticks} ticks" + (f", the first {ticks} drawn" if ticks < table.num_ticks else "")
+    bubble = step_time(job)
+    keys = "".join(f'<span class="key" style="background:{c}"></span>{n}' for n, c in ACTIONS.values())
+    return (
+        f'<svg width="{WIDTH}" height="{job.stages * height}" role="img">{"".join(pieces)}</svg>'
+        f'<p>{keys}</p><p class="note">{html.escape(config.layout.schedule)}: a row a stage, {note}; '
+        f"the bubble is {bubble.bubble / bubble.total:.1%} of the step.</p>"
+    )
+
+
+def _shardings(program: Program) -> str:
+    written = lambda spec: ", ".join(f"{axis}/{over}" for axis, over in spec.items()) or "whole"  # noqa: E731
+    rows = [
+        (
+            row.tensor,
+            " ".join(f"{axis}={size}" for axis, size in row.axes.items()),
+            written(row.compute),
+            written(row.at_rest),
+            f"{row.bytes:,}",
+            f"{row.optimizer_bytes:,}",
+        )
+        for row in tensor_rows(program)
+        if row.at_rest is not None
+    ]
+    head = ("parameter", "axes", "computed with", "at rest", "bytes a GPU", "optimizer")
+    return _table(head, rows, numbers=(4, 5))
+
+
+def _buffers(compiled: Compiled) -> str:
+    rows = [(gigabytes(b.bytes), b.shape, b.what or "?", b.made_by, b.line) for b in compiled.buffers]
+    return _table(("size", "shape", "of", "made by", "at"), rows, numbers=(0,))

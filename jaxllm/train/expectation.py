@@ -1,0 +1,49 @@
+"""What the planner expects of a run, beside what the devices then really do (the planner is a floor above this one)."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+
+from jaxllm.layout.layout import Layout
+from jaxllm.train.config import Config
+
+
+class Expectation(NamedTuple):
+    """For one run on the devices it has."""
+
+    counted_bytes: float  # of a device
+    seconds: float | None  # of a step; None where the kind of device is not in the planner's table
+    on: str  # the device, in the planner's words
+
+
+Expects = Callable[[Config, Layout], Expectation]  # of a config whose model is resolved
+
+
+def planned_line(expected: Expectation) -> str:
+    """Before anything is compiled."""
+    seconds = "" if expected.seconds is None else f", {expected.seconds:.3g} s a step"
+    return f"planned: {expected.counted_bytes / 1e9:,.2f} GB a device{seconds} ({expected.on})"
+
+
+def compiled_line(expected: Expectation, compiled: jax.stages.Compiled) -> str:
+    """What XLA made of it."""
+    stats = compiled.memory_analysis()
+    arguments, temporaries = stats.argument_size_in_bytes, stats.temp_size_in_bytes
+    total = arguments + temporaries + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return (
+        f"compiled: {total / 1e9:,.2f} GB a device ({arguments / 1e9:,.2f} at rest, {temporaries / 1e9:,.2f} for a "
+        f"step); planned {expected.counted_bytes / 1e9:,.2f}"
+    )
+
+
+def measured_line(
+    expected: Expectation, record: Mapping[str, float], tokens_a_step: int, device: jax.Device
+) -> str | None:
+    """After the first logged steps; None where there is nothing to compare."""
+    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    parts = [] if peak is None else [f"{peak / 1e9:,.2f} GB at most (planned {expected.counted_bytes / 1e9:,.2f})"]
+    rate = record.get("tokens_per_second")
+    if expected.seconds is not None and rate:
+        parts.append(f"{tokens_a_step / rate:.3g} s a step (planned {expected.seconds:.3g})")
+    return f"measured: {', '.join(parts)}" if parts else None
