@@ -43,5 +43,5 @@ $(READY): pyproject.toml
 # torch first and alone: what depends on it would choose another one.
 $(TESTED): $(READY)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable '.[test,hf,eval]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,hf,eval,plan]'
 	@touch $@

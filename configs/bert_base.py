@@ -17,6 +17,7 @@ def get_config():
     config.train_step = "mlm"
     config.model.update(presets.bert_base(dropout=0.1, attention_dropout=0.1))
     config.data.update(source="jsonl", path="corpus/*.jsonl.zst", tokenizer="bpe:30522", batch_size=256)
+    config.cluster.gpus = 8
     config.optimizer.update(
         name="adamw",
         learning_rate=1e-4,

@@ -12,6 +12,7 @@ def get_config():
     config.model.update(presets.gpt2())
     config.data.update(source="jsonl", path="corpus/*.jsonl.zst", tokenizer="bpe:50257", batch_size=512)
     config.layout.update(zero_stage=1, num_microbatches=2)  # 512 x 1024 tokens: 32 sequences a GPU and microbatch
+    config.cluster.gpus = 8
     config.optimizer.update(learning_rate=6e-4, warmup_steps=700, final_fraction=0.1, weight_decay=0.1)
     config.train.update(steps=19_073, eval_every=500, eval_batches=40, checkpoint_every=1_000)
     return config

@@ -59,12 +59,12 @@ def main(argv: list[str]) -> int:
 
     cluster, num_gpus = chosen_cluster(config.cluster, config.mesh, options.cluster, options.gpus)
     on = _prepare(cluster, num_gpus, options)
-    config = _with_vocabulary(config)
-    return (
-        _search(config, cluster, num_gpus, options, on)
-        if options.search
-        else _plan(config, cluster, num_gpus, options, on)
-    )
+    from jaxllm.cli.layouts import with_vocabulary
+    from jaxllm.plan.program import without_inputs
+
+    config = without_inputs(with_vocabulary(config, measures=False))
+    run = _search if options.search else _plan
+    return run(config, cluster, num_gpus, options, on)
 
 
 def _prepare(cluster: "Cluster", num_gpus: int, options: argparse.Namespace) -> str:
@@ -80,12 +80,6 @@ def _prepare(cluster: "Cluster", num_gpus: int, options: argparse.Namespace) -> 
     print(f"{reason}: virtual CPU devices stand in for the GPUs", file=sys.stderr)
     virtual_devices(num_gpus)
     return f"{num_gpus} virtual CPU devices"
-
-
-def _with_vocabulary(config: Config) -> Config:
-    from jaxllm.cli.layouts import with_vocabulary
-
-    return with_vocabulary(config, measures=False)
 
 
 def _plan(config: Config, cluster: "Cluster", num_gpus: int, options: argparse.Namespace, on: str) -> int:

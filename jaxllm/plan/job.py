@@ -9,6 +9,8 @@ from typing import NamedTuple
 from jaxllm.layout.config import LayoutConfig
 from jaxllm.layout.mesh import mesh_shape
 from jaxllm.layout.stages import make_stages
+from jaxllm.model.attention_backends import choose_backend
+from jaxllm.model.attention_pattern import pattern_of
 from jaxllm.model.config import ModelConfig
 from jaxllm.plan.clusters import Cluster
 from jaxllm.plan.practice import JAXLLM, Practice
@@ -112,16 +114,31 @@ def make_job(config: Config, cluster: Cluster, num_gpus: int, practice: Practice
         batch_size=config.data.batch_size,
         length=config.data.length or model.max_length,
         compute=config.precision.compute,
-        practice=_with_precision(practice, config),
+        practice=_of_run(practice, config, cluster),
         trained=0.01 if adapted else 1.0,
         forwards=int(refers),
         models=2.0 if has_critic else 1.0,
     )
 
 
-def _with_precision(practice: Practice, config: Config) -> Practice:
+def _of_run(practice: Practice, config: Config, cluster: Cluster) -> Practice:
+    """With the precision of the run, and the attention that it has on such a card."""
     size = BYTES[config.precision.gradients]
+    platform = "gpu" if cluster.gpu.compute_capability >= (9, 0) else "gpu before Hopper"
+    attention = choose_backend(
+        config.layout.attention,
+        platform,
+        compute=config.precision.compute,
+        dropout=config.model.attention_dropout,
+        context=config.mesh.context,
+        pattern=pattern_of(config.model.resolved()),
+    )
     weight = BYTES[config.precision.compute]
     return dataclasses.replace(
-        practice, gradient_bytes=size, gradient_traffic=size, weight_bytes=weight, gather_traffic=weight
+        practice,
+        gradient_bytes=size,
+        gradient_traffic=size,
+        weight_bytes=weight,
+        gather_traffic=weight,
+        flash=attention == "cudnn",
     )

@@ -47,6 +47,8 @@ def stage_memory(job: Job, stage: int) -> Memory:
     optimizer = trained * practice.state_bytes / (shards if zero else 1)
     copy = held * practice.weight_bytes * (zero < 3)  # ZeRO 3 gathers from the master weights
     gradients = trained * practice.gradient_bytes / (shards if zero >= 2 else 1)
+    if practice.microbatch_gradient and zero < 2 and job.num_microbatches > 1:
+        gradients += trained * practice.weight_bytes
     kept = kept_bytes(job)
     layers = job.stage_layers[stage]
     activations, working = _in_flight(job, stage, layers, kept)
@@ -64,19 +66,25 @@ def _residual(job: Job) -> float:
 
 def full_bytes(job: Job) -> float:
     """What one layer keeps of a microbatch where nothing is computed again."""
+    practice = job.practice
+    return layer_bytes(job, practice.kept_residuals, practice.kept_hidden)
+
+
+def layer_bytes(job: Job, residuals: float = 4, hidden_tensors: float = 0) -> float:
+    """The activations of a layer: so many tensors of the residual and of the hidden units, and those of attention."""
     model, size, tensor = job.model, job.itemsize, job.tensor
     masks = job.practice.dropout * _residual(job)  # two, of a byte an element
-    residual = 4 * _residual(job) + masks  # inputs of the norms, of attention and of the mlp
+    residual = residuals * _residual(job) + masks  # inputs of the norms, of attention and of the mlp
     heads = (2 * model.num_heads + 2 * max(model.num_kv_heads, tensor)) * model.head_dim / tensor
     routed = job.tokens * (model.experts_per_token if model.num_experts else 1)
-    hidden = routed * (3 if model.gated_mlp else 2) * model.mlp_dim / tensor
+    hidden = routed * (hidden_tensors or (3 if model.gated_mlp else 2)) * model.mlp_dim / tensor
     dispatched = 2 * routed * model.embed_dim * bool(model.num_experts)
     inside = size * (job.tokens * heads + hidden + dispatched)
     return residual + inside + _score_bytes(job)
 
 
 def _score_bytes(job: Job) -> float:
-    if job.practice.flash:
+    if job.practice.flash or not job.practice.keeps_scores:
         return 4 * job.tokens * job.model.num_heads / job.tensor
     each = job.itemsize + job.practice.dropout * (job.itemsize + 1)
     return each * job.tokens * job.length * job.model.num_heads / job.tensor
@@ -95,7 +103,7 @@ def kept_bytes(job: Job) -> float:
     ups = 2 if model.gated_mlp else 1
     outputs = (model.num_heads + 2 * max(model.num_kv_heads, tensor)) * model.head_dim / tensor
     outputs += (ups * model.mlp_dim / tensor) * (model.experts_per_token if model.num_experts else 1)
-    of_products = size * job.tokens * outputs + 2 * _residual(job)
+    of_products = size * job.tokens * outputs + _residual(job)  # that of the mlp is only added
     attended = size * job.tokens * model.num_heads * model.head_dim / tensor
     return _residual(job) + attended + (1 - products) * of_products
 
@@ -104,7 +112,7 @@ def _in_flight(job: Job, stage: int, layers: int, kept: float) -> tuple[float, f
     """Kept activations, and what the backward pass of one layer needs besides."""
     count, stages, virtual = job.num_microbatches, job.stages, job.layout.virtual_stages
     recomputes = any(dict(job.practice.recomputes)[job.layout.remat])
-    working = 1.5 * full_bytes(job) if recomputes else 0.5 * full_bytes(job)
+    working = (1.5 if recomputes else 0.5) * layer_bytes(job)
     if stages == 1:
         return layers * kept, working
     live = count if job.layout.schedule == "gpipe" else min(stages - stage, count)

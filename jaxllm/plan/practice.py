@@ -31,6 +31,7 @@ class Practice:
 
     name: str
     flash: bool = True  # attention in one kernel; else its [length, length] scores are written and read
+    keeps_scores: bool = True  # for the backward pass, where there is no flash attention
     deterministic: bool = False  # the backward pass of attention adds in one order, which costs half as much again
     dropout: bool = False  # on scores and residual: one more mask and pass each
     # Bytes a weight that a microbatch moves to add its gradient to the sum: read the new, read and write the old.
@@ -52,6 +53,11 @@ class Practice:
     )
     stage_recomputes: bool = False  # a pipeline's stage keeps its input alone and computes its layers again
     lockstep: bool = False  # all stages of a pipeline end a tick together
+    # Tensors of a layer that the backward pass finds where nothing is computed again: of the residual's size (float32
+    # ones twice) and of the mlp's hidden units; 0: as many as fused kernels need.
+    kept_residuals: float = 4
+    kept_hidden: float = 0
+    microbatch_gradient: bool = False  # a microbatch's gradient is whole, in the dtype of compute, before it is added
     chunked_loss: bool = False  # the logits are never whole: computed in pieces, again in the backward pass
     copies_gathered: bool = False  # what tensor parallelism gathers is copied once more into the order of the sequence
     host_seconds: float = 0.0  # a layer and microbatch, forward and backward, that the device waits for the host
@@ -67,6 +73,10 @@ JAXLLM = Practice(
     hides_data=0.7,
     stage_recomputes=True,
     lockstep=True,
+    kept_residuals=10,  # norms in float32, as XLA keeps them; seen in compiled steps
+    kept_hidden=6,
+    microbatch_gradient=True,
+    keeps_scores=False,
     chunked_loss=True,
 )
 # Narayanan et al. 2021, Korthikanti et al. 2022: fused softmax, float16 gradients, nothing under the computation;

@@ -91,6 +91,19 @@ def make_program(config: Config, devices: Sequence[jax.Device] | None = None) ->
     return Program(dataclasses.replace(config, model=model), spec, layout, state, abstract_batch(config, layout))
 
 
+def without_inputs(config: Config) -> Config:
+    """The config as a plan takes it: what must be there to train and is not read here need not be named.
+
+    That is the base of an adapter, and rewards.
+    """
+    train, rollout = config.train, config.rollout
+    if config.adapter.kind != "none" and not train.init_from:
+        train = dataclasses.replace(train, init_from="a base to come")
+    if not rollout.rewards and not rollout.reward_model:
+        rollout = dataclasses.replace(rollout, rewards="a reward to come")
+    return dataclasses.replace(config, train=train, rollout=rollout)
+
+
 def lower_train_step(config: Config, devices: Sequence[jax.Device] | None = None) -> jax.stages.Lowered:
     """The train step of `config`, lowered for abstract arguments on `devices` (default all). Raises: `make_program`."""
     return make_program(config, devices).lowered

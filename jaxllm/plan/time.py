@@ -10,6 +10,8 @@ computation is taken off, up to what there is of it.
 import math
 from typing import NamedTuple
 
+import numpy as np
+
 from jaxllm.layout.schedules import Action, make_schedule
 from jaxllm.plan.clusters import GIGA, Cluster
 from jaxllm.plan.job import Job
@@ -240,29 +242,20 @@ def _lockstep(job: Job, forward: Pass, backward: Pass, first: Pass, last: Pass) 
 
 
 def _ticks(job: Job, count: int, forward: Pass, backward: Pass, first: Pass, last: Pass) -> tuple[float, int]:
-    table = make_schedule(job.layout.schedule, job.stages, count, job.layout.virtual_stages)
     virtual = job.layout.virtual_stages
+    table = make_schedule(job.layout.schedule, job.stages, count, virtual)
     half = 0.5 * (backward.total - forward.total)  # an input's gradient, or a weight's, beside the layers once more
-    cost = {
-        Action.IDLE: 0.0,
-        Action.FORWARD: forward.total,
-        Action.BACKWARD: backward.total,
-        Action.BACKWARD_INPUT: forward.total + half,
-        Action.BACKWARD_WEIGHT: forward.total + half,
-    }
-    seconds = 0.0
-    for row in table.action:
-        longest = 0.0
-        for stage, action in enumerate(row):
-            spent = job.stage_layers[stage] / virtual * cost[Action(int(action))]
-            if stage == job.stages - 1:
-                # Its forward action only takes the input in: the backward one begins with the layers.
-                spent = 0.0 if action == Action.FORWARD else spent
-                spent += last.total * (action in (Action.BACKWARD, Action.BACKWARD_INPUT)) / virtual
-            spent += first.total * (stage == 0 and action == Action.FORWARD) / virtual
-            longest = max(longest, spent)
-        seconds += longest
-    return seconds, len(table.action)
+    layers = np.array(job.stage_layers) / virtual
+    cost = np.zeros((len(Action), job.stages))
+    cost[Action.FORWARD] = layers * forward.total
+    cost[Action.BACKWARD] = layers * backward.total
+    cost[Action.BACKWARD_INPUT] = cost[Action.BACKWARD_WEIGHT] = layers * (forward.total + half)
+    cost[Action.FORWARD, 0] += first.total / virtual
+    # The last stage's forward action only takes the input in: its backward one begins with the layers.
+    cost[Action.FORWARD, -1] = 0
+    cost[[Action.BACKWARD, Action.BACKWARD_INPUT], -1] += last.total / virtual
+    actions = np.asarray(table.action)
+    return float(cost[actions, np.arange(job.stages)].max(axis=1).sum()), len(actions)
 
 
 def _between_stages(job: Job, constants: Constants) -> float:

@@ -22,6 +22,7 @@ DEVICES = {
     "sft.py": 1,
     "reward.py": 1,
     "dpo.py": 1,
+    "bloom_176b.py": 384,
     "llama3_8b.py": 64,
     "moe_1t.py": 2048,
 }
