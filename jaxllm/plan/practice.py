@@ -5,6 +5,7 @@ published: what differs between trainers is what they do, each a field with its 
 constants below and the cards' `matmul_efficiency` (clusters.toml).
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 
@@ -31,6 +32,8 @@ class Practice:
 
     name: str
     flash: bool = True  # attention in one kernel; else its [length, length] scores are written and read
+    attention_speed: float = 1.0  # of its flash attention, beside that of cuDNN or FlashAttention 2 and 3
+    eager_passes: float = 1.0  # times elementwise work is read and written more often than where a compiler fuses it
     keeps_scores: bool = True  # for the backward pass, where there is no flash attention
     deterministic: bool = False  # the backward pass of attention adds in one order, which costs half as much again
     dropout: bool = False  # on scores and residual: one more mask and pass each
@@ -157,6 +160,18 @@ MAXTEXT = Practice(
     accumulation_bytes=0,
     hides_data=0.9,
 )
+# Composer's FSDP without a compiler; attention in Triton, which of Hopper's tensor cores used about half.
+LLM_FOUNDRY = Practice(
+    "llm-foundry",
+    accumulation_bytes=0,
+    gradient_traffic=2,
+    hides_data=0.9,
+    attention_speed=0.75,
+    eager_passes=2.5,
+    logit_bytes=14,
+    reserve=0.05,
+)
+LLM_FOUNDRY_H100 = dataclasses.replace(LLM_FOUNDRY, name="llm-foundry, H100", attention_speed=0.5)
 PRACTICES = {
     "jaxllm": JAXLLM,
     "megatron_2021": MEGATRON_2021,
@@ -166,4 +181,6 @@ PRACTICES = {
     "megatron_core_tests": MEGATRON_CORE_TESTS,
     "torchtitan": TORCHTITAN,
     "maxtext": MAXTEXT,
+    "llm_foundry": LLM_FOUNDRY,
+    "llm_foundry_h100": LLM_FOUNDRY_H100,
 }

@@ -93,6 +93,7 @@ def attention_seconds(attention: Attention, job: Job, constants: Constants) -> t
     gpu = job.cluster.gpu
     rate = gpu.peak_flops(job.compute) * gpu.matmul_efficiency
     if not attention.scores:
+        rate *= job.practice.attention_speed
         forward = attention.flops / (rate * constants.flash_forward)
         slower = 1.5 if job.practice.deterministic else 1.0
         return forward, slower * 2.5 * attention.flops / (rate * constants.flash_backward)  # 5 products for 2
@@ -138,7 +139,8 @@ def layer_passes(job: Job, constants: Constants = CONSTANTS) -> tuple[Pass, Pass
     work, practice = layer_work(job), job.practice
     forward_products = sum(product_seconds(p, job, constants) for p in work.products)
     attention, attention_back = attention_seconds(work.attention, job, constants)
-    memory = _moving(work.moved_bytes, job, constants)
+    elementwise = work.moved_bytes * practice.eager_passes
+    memory = _moving(elementwise, job, constants)
     sent = {axis: 0.0 for axis in ("model", "expert", "context")}
     for message in work.messages:
         sent[message.axis] += message_seconds(message, job, constants)
@@ -151,7 +153,7 @@ def layer_passes(job: Job, constants: Constants = CONSTANTS) -> tuple[Pass, Pass
     by_weight = sum(product_seconds(Product(p.name, p.k, p.m, p.n), job, constants) for p in work.products)
     trained = 1.0 if job.trained == 1 else 0.0
     summing = weights(job).layer + weights(job).experts
-    moved = 1.6 * work.moved_bytes + trained * practice.accumulation_bytes * summing * (job.num_microbatches > 1)
+    moved = 1.6 * elementwise + trained * practice.accumulation_bytes * summing * (job.num_microbatches > 1)
     # Sequence parallelism gathers once more for the gradient of the weights (Korthikanti et al. 2022, section 4.2.2).
     again = 1.5 if job.layout.sequence_parallel else 1.0
     backward = Pass(

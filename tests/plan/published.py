@@ -19,6 +19,7 @@ class Run(NamedTuple):
     job: Job
     measured: dict[str, Any]
     is_fitted: bool
+    is_validation: bool
 
     @property
     def seconds(self) -> float | None:
@@ -60,4 +61,4 @@ def _run(row: dict[str, Any]) -> Run:
         length=row["model"]["max_length"],
         practice=PRACTICES[row["practice"]],
     )
-    return Run(row["name"], job, row["measured"], row.get("fit", False))
+    return Run(row["name"], job, row["measured"], row.get("fit", False), row.get("validation", False))

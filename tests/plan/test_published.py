@@ -12,7 +12,8 @@ from jaxllm.plan.time import step_time
 from tests.plan.published import published_runs
 
 RUNS = {run.name: run for run in published_runs()}
-TIMED = [name for name, run in RUNS.items() if run.seconds]
+TIMED = [name for name, run in RUNS.items() if run.seconds and not run.is_validation]
+VALIDATION = [name for name, run in RUNS.items() if run.is_validation]
 WEIGHED = [name for name, run in RUNS.items() if "memory_gb" in run.measured]
 
 
@@ -34,8 +35,10 @@ def test_static_memory(name):
     assert memory(run.job).static / 1e9 == pytest.approx(run.measured["static_gb"], rel=0.03)
 
 
-def test_most_runs_were_not_fitted_to():
-    assert sum(run.is_fitted for run in RUNS.values()) <= 6 < len(TIMED) / 2
+def test_runs_of_another_trainer():
+    """30 of llm-foundry's, two figures for its kind, none a run: four in five within 15 %, the worst within 25 %."""
+    errors = [abs(step_time(RUNS[name].job).total / RUNS[name].seconds - 1) for name in VALIDATION]
+    assert len(errors) == 30 and sum(error <= 0.15 for error in errors) >= 24 and max(errors) < 0.25
 
 
 def test_the_trials_of_bloom_are_ranked_as_measured():
