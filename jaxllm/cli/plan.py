@@ -131,26 +131,28 @@ def _head(config: Config, cluster: "Cluster", num_gpus: int, found: "Estimate") 
 
 def _print(config, cluster, num_gpus: int, found, program, compiled) -> None:
     from jaxllm.plan import report
-    from jaxllm.plan.compiled import crosses_nodes
     from jaxllm.plan.job import make_job
-    from jaxllm.plan.traffic import axis_traffic
+    from jaxllm.plan.traffic import axis_traffic, crosses_nodes
+    from jaxllm.steps import STEPS
 
+    job = make_job(config, cluster, num_gpus)
     lines = [_head(config, cluster, num_gpus, found), "", *report.memory_lines(found, compiled, cluster)]
     if compiled:
-        crossing = [crosses_nodes(row, program, cluster.gpus_per_node) for row in compiled.collectives]
+        crossing = [crosses_nodes(row, job) for row in compiled.collectives]
         lines += ["", *report.buffer_lines(compiled.buffers), "", *report.traffic_lines(compiled.collectives, crossing)]
-    rows = axis_traffic(make_job(config, cluster, num_gpus), compiled.collectives if compiled else None)
+    rows = axis_traffic(job, compiled.collectives if compiled else None)
     lines += ["", *report.axis_lines(rows), "", *report.time_lines(found, num_gpus)]
+    if STEPS[config.train_step].draws:
+        lines.append("The rollouts, in which the model writes, are not in it.")
     print("\n".join(lines))
 
 
 def _as_json(config, cluster, num_gpus: int, found, program, compiled) -> dict[str, Any]:
     from jaxllm.layout.mesh import mesh_shape
-    from jaxllm.plan.compiled import crosses_nodes
     from jaxllm.plan.job import make_job
-    from jaxllm.plan.traffic import axis_traffic
+    from jaxllm.plan.traffic import axis_traffic, crosses_nodes
 
-    rows = compiled.collectives if compiled else None
+    job, rows = make_job(config, cluster, num_gpus), compiled.collectives if compiled else None
     answer = {
         "cluster": cluster.name,
         "gpus": num_gpus,
@@ -158,19 +160,16 @@ def _as_json(config, cluster, num_gpus: int, found, program, compiled) -> dict[s
         "layout": dataclasses.asdict(config.layout),
         "fits": _fits(found, compiled),
         "estimate": found.as_dict(),
-        "traffic": [row._asdict() for row in axis_traffic(make_job(config, cluster, num_gpus), rows)],
+        "traffic": [row._asdict() for row in axis_traffic(job, rows)],
     }
     if compiled:
-        rows = [
-            {**row._asdict(), "crosses_nodes": crosses_nodes(row, program, cluster.gpus_per_node)}
-            for row in compiled.collectives
-        ]
+        listed = [{**row._asdict(), "crosses_nodes": crosses_nodes(row, job)} for row in compiled.collectives]
         answer["compiled"] = {
             "on": compiled.on,
             "seconds": compiled.seconds,
             "memory": compiled.memory._asdict(),
             "buffers": [buffer._asdict() for buffer in compiled.buffers],
-            "collectives": rows,
+            "collectives": listed,
         }
     return answer
 

@@ -21,7 +21,7 @@ Tree = Any
 
 def shape_at_rest(layout: Layout, axes: Sequence[str | None], shape: Sequence[int]) -> tuple[int, ...]:
     """The shape of a weight in a train state: its own, but for layers that are made up to a multiple of the stages."""
-    if tuple(axes[:1]) != ("layers",) or "pipeline" not in layout.mesh_axes("layers"):
+    if tuple(axes[:1]) != ("layers",) or layout.num_stages == 1:
         return tuple(shape)
     return (math.ceil(shape[0] / layout.num_stages) * layout.num_stages, *shape[1:])
 

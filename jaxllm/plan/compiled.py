@@ -15,7 +15,6 @@ from jaxllm.layout.at_rest import shape_at_rest, tensor_at_rest
 from jaxllm.layout.collectives import metadata_of
 from jaxllm.layout.hlo_source import Source, local_shape
 from jaxllm.layout.layout import as_dtype
-from jaxllm.layout.mesh import AXES
 from jaxllm.layout.scope import Tensor, scopes
 from jaxllm.plan.explain import CollectiveRow, collective_rows
 from jaxllm.plan.program import Program
@@ -177,9 +176,3 @@ def _definitions(hlo: str) -> dict[str, str]:
         if equals:
             found[name.lstrip("%")] = line
     return found
-
-
-def crosses_nodes(row: CollectiveRow, program: Program, gpus_per_node: int) -> bool:
-    """Whether the groups of a collective span nodes, by the order of the devices."""
-    inner = {axis: math.prod(program.layout.mesh.shape[a] for a in AXES[i + 1 :]) for i, axis in enumerate(AXES)}
-    return any(inner[axis] * program.layout.mesh.shape[axis] > gpus_per_node for axis in row.mesh_axes)

@@ -12,11 +12,13 @@ from jaxllm.layout.stages import make_stages
 from jaxllm.model.attention_backends import choose_backend
 from jaxllm.model.attention_pattern import pattern_of
 from jaxllm.model.config import ModelConfig
+from jaxllm.model.spec import model_spec
 from jaxllm.plan.clusters import Cluster
 from jaxllm.plan.practice import JAXLLM, Practice
 from jaxllm.steps import STEPS
 from jaxllm.train.config import Config
 
+NF4_BYTES = 0.53  # a weight of four bits with its scales (layout/nf4.py)
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -103,8 +105,7 @@ def make_job(config: Config, cluster: Cluster, num_gpus: int, practice: Practice
     """
     model = config.model.resolved()
     step = STEPS[config.train_step]
-    adapted = config.adapter.kind != "none"
-    has_critic = bool(step.critic) if hasattr(step, "critic") else config.train_step == "ppo"
+    spec = model_spec(model, config.adapter)
     refers = bool(step.options) and step.refers(getattr(config, step.options))
     return Job(
         model=model,
@@ -115,9 +116,9 @@ def make_job(config: Config, cluster: Cluster, num_gpus: int, practice: Practice
         length=config.data.length or model.max_length,
         compute=config.precision.compute,
         practice=_of_run(practice, config, cluster),
-        trained=0.01 if adapted else 1.0,
+        trained=spec.num_trained_parameters / spec.num_parameters,
         forwards=int(refers),
-        models=2.0 if has_critic else 1.0,
+        models=2.0 if step.critic is not None else 1.0,
     )
 
 
@@ -133,12 +134,13 @@ def _of_run(practice: Practice, config: Config, cluster: Cluster) -> Practice:
         context=config.mesh.context,
         pattern=pattern_of(config.model.resolved()),
     )
-    weight = BYTES[config.precision.compute]
+    gathered = BYTES[config.precision.compute]
+    weight = NF4_BYTES if config.adapter.base_weights == "nf4" else gathered
     return dataclasses.replace(
         practice,
         gradient_bytes=size,
         gradient_traffic=size,
         weight_bytes=weight,
-        gather_traffic=weight,
+        gather_traffic=gathered,
         flash=attention == "cudnn",
     )

@@ -12,6 +12,7 @@ from jaxllm.plan.clusters import Cluster
 from jaxllm.plan.estimate import Estimate, estimate_job
 from jaxllm.plan.job import make_job
 from jaxllm.plan.layouts import factorisations
+from jaxllm.plan.memory import memory
 from jaxllm.train.checks import check
 from jaxllm.train.config import Config
 from jaxllm.train.flops import flops_per_token
@@ -29,7 +30,7 @@ class Candidate(NamedTuple):
 class Search(NamedTuple):
     counted: int  # layouts
     fitting: list[Candidate]  # of the legal ones, fastest first, at most ENOUGH
-    smallest: Candidate | None  # of the legal ones, the one that needs least memory
+    smallest: Candidate | None  # where none fits, the one that needs least memory
 
 
 def search(
@@ -44,29 +45,26 @@ def search(
     candidates = list(_candidates(config, cluster, num_gpus))
     per_token = flops_per_token(spec, config.data.length or config.model.max_length)
     sizes = (spec.num_parameters, spec.num_active_parameters, per_token)
-    counted = []
+    counted, smallest, fitting = [], None, []
     for done, candidate in enumerate(candidates):
         if done % 50 == 0:
             tell(done, len(candidates))
         try:
             job = make_job(candidate, cluster, num_gpus)
-            found = Candidate(candidate, estimate_job(job, *sizes))
         except UserError:
             continue
-        counted.append(found)
+        needed = memory(job).total
+        if needed <= MARGIN * cluster.usable_bytes:
+            counted.append(Candidate(candidate, estimate_job(job, *sizes)))
+        elif not counted and (smallest is None or needed < smallest[0]):
+            smallest = (needed, candidate, job)
     tell(len(candidates), len(candidates))
-    smallest, fitting = None, []
     # `check` is the dear part: the fastest are asked first, and no more of them than are wanted.
     for found in sorted(counted, key=lambda c: c.estimate.time.total):
-        fits = found.estimate.memory.total <= MARGIN * found.estimate.usable_bytes
-        if (fits and len(fitting) < ENOUGH) and _is_legal(found.config, num_gpus):
+        if len(fitting) < ENOUGH and _is_legal(found.config, num_gpus):
             fitting.append(found)
-    if not fitting:
-        for found in sorted(counted, key=lambda c: c.estimate.memory.total):
-            if _is_legal(found.config, num_gpus):
-                smallest = found
-                break
-    return Search(len(candidates), fitting, smallest)
+    least = None if fitting or smallest is None else Candidate(smallest[1], estimate_job(smallest[2], *sizes))
+    return Search(len(candidates), fitting, least)
 
 
 def _is_legal(config: Config, num_gpus: int) -> bool:
@@ -103,16 +101,16 @@ def _of_mesh(config: Config, mesh: MeshConfig) -> Iterator[Config]:
     stages = mesh.pipeline
     layers = config.model.num_layers
     spread = "state=data+expert" if mesh.expert > 1 else config.layout.rule_overrides
-    for microbatch in (1, 2, 4, 8):
+    for microbatch in (1, 2, 4, 8, 16, 32):
         count = rows // microbatch
         if rows % microbatch or count < stages:
             continue
         for schedule, virtual in _schedules(stages, layers, count):
-            for zero in (1, 3) if mesh.data > 1 and stages == 1 else (1,) if mesh.data > 1 else (0,):
+            for zero in (1, 2, 3) if mesh.data * mesh.expert > 1 else (0,):
                 for remat in ("none", "selective", "full"):
                     for sequence in (True, False) if mesh.model > 1 else (False,):
                         fields = {
-                            "zero_stage": max(zero, 1) if mesh.expert > 1 else zero,
+                            "zero_stage": zero,
                             "remat": remat,
                             "sequence_parallel": sequence,
                             "schedule": schedule,

@@ -232,9 +232,8 @@ def _run(job: Job, forward: Pass, backward: Pass, first: Pass, last: Pass, const
 
 def _lockstep(job: Job, forward: Pass, backward: Pass, first: Pass, last: Pass) -> tuple[float, int]:
     """Seconds of all ticks, each as long as its dearest action, and how many there are (layout/pipeline.py)."""
-    count, stages, virtual = job.num_microbatches, job.stages, job.layout.virtual_stages
-    # Few microbatches tell what many cost: ticks in the middle repeat.
-    few = min(count, 4 * stages - 4 * stages % stages if virtual == 1 else 4 * stages)
+    count, stages = job.num_microbatches, job.stages
+    few = min(count, 4 * stages)  # tell what many cost: ticks in the middle repeat
     times = [_ticks(job, number, forward, backward, first, last) for number in {few, min(count, few + stages)}]
     if len(times) == 1:
         return times[0]

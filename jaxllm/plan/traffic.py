@@ -38,6 +38,11 @@ def row_bytes(row: CollectiveRow, mesh: Mapping[str, int]) -> float:
     return row.runs * sent_bytes(row.kind, row.bytes, math.prod(mesh[axis] for axis in row.mesh_axes) or 1)
 
 
+def crosses_nodes(row: CollectiveRow, job: Job) -> bool:
+    """Whether the groups of a collective span nodes."""
+    return any(job.crosses_nodes(axis) for axis in row.mesh_axes)
+
+
 def axis_traffic(job: Job, rows: Sequence[CollectiveRow] | None) -> list[AxisTraffic]:
     """Of every mesh axis that is split, outermost first."""
     by_theory = theory(job)

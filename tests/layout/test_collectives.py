@@ -143,3 +143,31 @@ def test_replica_groups_in_every_notation():
     for groups, axes in lines.items():
         hlo = f"ENTRY %main () -> f32[] {{\n  %x = bf16[4,8]{{1,0}} all-reduce(%y), {groups}, metadata={{}}\n}}"
         assert collectives(hlo, mesh) == [Collective("all-reduce", (4, 8), 64, axes, 1, "")]
+
+
+ASYNCHRONOUS = """\
+ENTRY %main (p: f32[2]) -> f32[8] {
+  %all-gather-start.1 = (bf16[2,16]{1,0}, bf16[8,16]{1,0}) all-gather-start(%a), replica_groups=[2,4]<=[8]
+  %all-gather-start.2 = ((f32[2]{0}, f32[3]{0}), (f32[8]{0}, f32[12]{0})) all-gather-start(%a, %b)
+  %reduce-scatter-start = ((f32[8,4]{1,0}), f32[2,4]{1,0}) reduce-scatter-start(%c), replica_groups=[2,4]<=[8]
+  %all-reduce-start = bf16[5,7]{1,0} all-reduce-start(%d), replica_groups=[2,4]<=[8], to_apply=%add
+  %all-reduce-start.1 = (f32[5]{0}, f32[6]{0}) all-reduce-start(%d, %e), replica_groups=[2,4]<=[8], to_apply=%add
+  %collective-permute-start = (f32[9]{0}, f32[9]{0}) collective-permute-start(%f), source_target_pairs={{0,1},{1,0}}
+}
+"""
+
+
+def test_the_start_of_an_asynchronous_operation_is_counted_by_its_results():
+    """As the text of GPU programs has them: operands before results, of an all-reduce the results alone."""
+    mesh = make_mesh(MeshConfig(data=2, model=4))
+    found = [(c.kind, c.shape) for c in collectives(ASYNCHRONOUS, mesh)]
+    assert found == [
+        ("all-gather", (8, 16)),
+        ("all-gather", (8,)),
+        ("all-gather", (12,)),
+        ("reduce-scatter", (2, 4)),
+        ("all-reduce", (5, 7)),
+        ("all-reduce", (5,)),
+        ("all-reduce", (6,)),
+        ("collective-permute", (9,)),
+    ]
