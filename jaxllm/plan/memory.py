@@ -34,8 +34,10 @@ class Memory(NamedTuple):
 
 
 def memory(job: Job) -> Memory:
-    """Of the stage that needs most."""
-    return max((stage_memory(job, stage) for stage in range(job.stages)), key=lambda m: m.total)
+    """Of the stage that needs most: the first, the last, or the earliest of those with most layers."""
+    layers = job.stage_layers
+    asked = {0, layers.index(max(layers)), job.stages - 1}
+    return max((stage_memory(job, stage) for stage in asked), key=lambda m: m.total)
 
 
 def stage_memory(job: Job, stage: int) -> Memory:
