@@ -1,7 +1,6 @@
 """`jaxllm plan`: whether a model fits a cluster under a layout, what it sends, and how fast it goes. Without a GPU."""
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -14,9 +13,8 @@ from jaxllm.train.config import Config
 
 if TYPE_CHECKING:
     from jaxllm.plan.clusters import Cluster
-    from jaxllm.plan.compiled import Compiled
-    from jaxllm.plan.estimate import Estimate
-    from jaxllm.plan.program import Program
+    from jaxllm.plan.plan import Plan
+    from jaxllm.plan.search import Search
 
 EXAMPLES = """\
   jaxllm plan --config configs/bloom_176b.py
@@ -37,7 +35,7 @@ def _parser() -> Parser:
     parser.add_argument("--quick", action="store_true", help="count, do not compile")
     parser.add_argument("--search", action="store_true", help="rank the legal layouts that fit")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="layouts of a search to show and to compile")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, or a list of a search")
     parser.add_argument("--html", metavar="FILE", help="write a page: memory, shardings, schedule, traffic")
     return parser
 
@@ -55,190 +53,106 @@ def main(argv: list[str]) -> int:
     gpu_free.prepare_environment()  # before anything imports JAX, as a config may
     config = load_config(options.config, overrides)
 
-    from jaxllm.plan.clusters import chosen_cluster
-
-    cluster, num_gpus = chosen_cluster(config.cluster, config.mesh, options.cluster, options.gpus)
-    on = _prepare(cluster, num_gpus, options)
     from jaxllm.cli.layouts import with_vocabulary
+    from jaxllm.plan.clusters import chosen_cluster
     from jaxllm.plan.program import without_inputs
 
+    cluster, num_gpus = chosen_cluster(config.cluster, config.mesh, options.cluster, options.gpus)
+    on = _compiles_for(num_gpus, options.quick)
     config = without_inputs(with_vocabulary(config, measures=False))
-    run = _search if options.search else _plan
-    return run(config, cluster, num_gpus, options, on)
+    return (_search if options.search else _plan)(config, cluster, num_gpus, on, options)
 
 
-def _prepare(cluster: "Cluster", num_gpus: int, options: argparse.Namespace) -> str:
-    """Sees that there are devices to compile for, and returns what they are called; "" where nothing is compiled."""
+def _compiles_for(num_gpus: int, quick: bool) -> str:
+    """What a step is compiled for, as `make_plan` takes it."""
     from jaxllm.plan import gpu_free
     from jaxllm.plan.measure import virtual_devices
 
     reason = gpu_free.missing()
-    if options.quick:
-        return ""
-    if not reason:
-        return f"{num_gpus} x {cluster.gpu.name}"
+    if quick or not reason:
+        return "counted" if quick else "gpus"
     print(f"{reason}: virtual CPU devices stand in for the GPUs", file=sys.stderr)
     virtual_devices(num_gpus)
-    return f"{num_gpus} virtual CPU devices"
+    return "virtual"
 
 
-def _plan(config: Config, cluster: "Cluster", num_gpus: int, options: argparse.Namespace, on: str) -> int:
-    from jaxllm.plan.estimate import estimate
-    from jaxllm.train.checks import check
-
-    check(config, num_gpus)
-    found = estimate(config, cluster, num_gpus, options.tokens)
-    program, compiled = _compiled(config, cluster, num_gpus, on) if on else (None, None)
-    if options.html:
-        _write_page(options.html, config, cluster, num_gpus, found, program, compiled)
-    if options.json:
-        print(json.dumps(_as_json(config, cluster, num_gpus, found, program, compiled)))
-    else:
-        _print(config, cluster, num_gpus, found, program, compiled)
-    return 0 if _fits(found, compiled) else 1
-
-
-def _compiled(config: Config, cluster: "Cluster", num_gpus: int, on: str) -> "tuple[Program, Compiled]":
-    import jax
-
-    from jaxllm.plan import gpu_free
-    from jaxllm.plan.compiled import compile_step
-    from jaxllm.plan.program import make_program
-
-    if "virtual" in on:
-        program = make_program(config, jax.devices("cpu")[:num_gpus])
-        return program, compile_step(program, on)
-    with gpu_free.as_if_here(cluster):
-        program = make_program(config, gpu_free.gpus(cluster, num_gpus))
-        return program, compile_step(program, on)
-
-
-def _fits(found: "Estimate", compiled: "Compiled | None") -> bool:
-    return (compiled.memory.total if compiled else found.memory.total) <= found.usable_bytes
-
-
-def _head(config: Config, cluster: "Cluster", num_gpus: int, found: "Estimate") -> str:
-    from jaxllm.layout.mesh import mesh_shape
-
-    mesh = " x ".join(f"{axis}={size}" for axis, size in mesh_shape(config.mesh, num_gpus).items() if size > 1)
-    active = f" ({found.active_parameters / 1e9:,.2f} at work)" if config.model.num_experts else ""
-    return (
-        f"{config.train_step}: {found.parameters / 1e9:,.2f} billion parameters{active} on {num_gpus} GPUs of "
-        f"{cluster.name}: {mesh or 'one GPU'}, ZeRO {config.layout.zero_stage}, "
-        f"{found.tokens_a_step:,} tokens a step in {config.layout.num_microbatches} microbatches"
-    )
-
-
-def _print(config, cluster, num_gpus: int, found, program, compiled) -> None:
+def _plan(config: Config, cluster: "Cluster", num_gpus: int, on: str, options: argparse.Namespace) -> int:
     from jaxllm.plan import report
-    from jaxllm.plan.job import make_job
-    from jaxllm.plan.traffic import axis_traffic, crosses_nodes
-    from jaxllm.steps import STEPS
+    from jaxllm.plan.plan import make_plan
 
-    job = make_job(config, cluster, num_gpus)
-    lines = [_head(config, cluster, num_gpus, found), "", *report.memory_lines(found, compiled, cluster)]
-    if compiled:
-        crossing = [crosses_nodes(row, job) for row in compiled.collectives]
-        lines += ["", *report.buffer_lines(compiled.buffers), "", *report.traffic_lines(compiled.collectives, crossing)]
-    rows = axis_traffic(job, compiled.collectives if compiled else None)
-    lines += ["", *report.axis_lines(rows), "", *report.time_lines(found, num_gpus)]
-    if STEPS[config.train_step].draws:
-        lines.append("The rollouts, in which the model writes, are not in it.")
-    print("\n".join(lines))
+    plan = make_plan(config, cluster, num_gpus, on, options.tokens)
+    if options.html:
+        _write_page(options.html, plan)
+    print(json.dumps(plan.as_dict()) if options.json else "\n".join(report.lines(plan)))
+    return 0 if plan.fits else 1
 
 
-def _as_json(config, cluster, num_gpus: int, found, program, compiled) -> dict[str, Any]:
-    from jaxllm.layout.mesh import mesh_shape
-    from jaxllm.plan.job import make_job
-    from jaxllm.plan.traffic import axis_traffic, crosses_nodes
-
-    job, rows = make_job(config, cluster, num_gpus), compiled.collectives if compiled else None
-    answer = {
-        "cluster": cluster.name,
-        "gpus": num_gpus,
-        "mesh": mesh_shape(config.mesh, num_gpus),
-        "layout": dataclasses.asdict(config.layout),
-        "fits": _fits(found, compiled),
-        "estimate": found.as_dict(),
-        "traffic": [row._asdict() for row in axis_traffic(job, rows)],
-    }
-    if compiled:
-        listed = [{**row._asdict(), "crosses_nodes": crosses_nodes(row, job)} for row in compiled.collectives]
-        answer["compiled"] = {
-            "on": compiled.on,
-            "seconds": compiled.seconds,
-            "memory": compiled.memory._asdict(),
-            "buffers": [buffer._asdict() for buffer in compiled.buffers],
-            "collectives": listed,
-        }
-    return answer
-
-
-def _write_page(file: str, config, cluster, num_gpus: int, found, program, compiled) -> None:
+def _write_page(file: str, plan: "Plan") -> None:
     from jaxllm.plan.page import page
 
-    text = page(_head(config, cluster, num_gpus, found), config, cluster, num_gpus, found, program, compiled)
     try:
-        Path(file).write_text(text, encoding="utf-8")
+        Path(file).write_text(page(plan), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--html {file}: {error.strerror}.") from None
     print(f"written: {file}", file=sys.stderr)
 
 
-def _search(config: Config, cluster: "Cluster", num_gpus: int, options: argparse.Namespace, on: str) -> int:
+def _search(config: Config, cluster: "Cluster", num_gpus: int, on: str, options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
     from jaxllm.plan.layouts import flags
+    from jaxllm.plan.plan import make_plan
     from jaxllm.plan.search import search
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("layouts", total=None)
-        result = search(
-            config, cluster, num_gpus, lambda done, total: progress.update(task, completed=done, total=total)
-        )
-    fit = f"{len(result.fitting)} that fit {cluster.name} ranked by speed" if result.fitting else "none fits"
-    print(f"{result.counted:,} layouts counted; {fit}", file=sys.stderr)
-    if not result.fitting:
-        print(_nothing_fits(result, cluster, num_gpus), file=sys.stderr)
+        tell = lambda done, total: progress.update(task, completed=done, total=total)  # noqa: E731
+        found = search(config, cluster, num_gpus, tell)
+    fit = f"{len(found.fitting)} that fit {cluster.name} ranked by speed" if found.fitting else "none fits"
+    print(f"{found.counted:,} layouts counted; {fit}", file=sys.stderr)
+    if not found.fitting:
+        print(_nothing_fits(found, cluster, num_gpus), file=sys.stderr)
         return 1
-    rows = []
-    for candidate in result.fitting[: options.top]:
-        compiled = _compiled(candidate.config, cluster, num_gpus, on)[1] if on else None
-        rows.append((candidate, compiled, " ".join(flags(candidate.config, config)) or "(the config as it is)"))
+    first = found.fitting[: options.top]
+    plans = [make_plan(candidate.config, cluster, num_gpus, on, options.tokens) for candidate in first]
+    written = [" ".join(flags(plan.config, config)) or "(the config as it is)" for plan in plans]
     if options.json:
-        print(json.dumps([_search_json(*row) for row in rows]))
-        return 0
-    print(f"{'s a step':>9} {'tokens/s':>12} {'MFU':>6} {'counted':>10} {'compiled':>10}  flags")
-    for candidate, compiled, written in rows:
-        found = candidate.estimate
-        said = "-" if compiled is None else f"{compiled.memory.total / 1e9:,.1f} GB"
-        said += " !" if compiled and not _fits(found, compiled) else ""
-        print(
-            f"{found.time.total:>9.3g} {found.tokens_per_second:>12,.0f} {found.mfu:>6.1%} "
-            f"{found.memory.total / 1e9:>7,.1f} GB {said:>10}  {written}"
-        )
-    return 0 if any(_fits(c.estimate, compiled) for c, compiled, _ in rows) else 1
+        print(json.dumps([_found(plan, typed) for plan, typed in zip(plans, written, strict=True)]))
+    else:
+        _print_found(plans, written)
+    return 0 if any(plan.fits for plan in plans) else 1
 
 
-def _search_json(candidate, compiled, written: str) -> dict[str, Any]:
-    answer = {"flags": written, "estimate": candidate.estimate.as_dict()}
-    if compiled:
-        answer["compiled"] = {"seconds": compiled.seconds, "memory": compiled.memory._asdict()}
+def _found(plan: "Plan", written: str) -> dict[str, Any]:
+    answer = {"flags": written, "fits": plan.fits, "estimate": plan.estimate.as_dict()}
+    if plan.compiled:
+        answer["compiled"] = {"seconds": plan.compiled.seconds, "memory": plan.compiled.memory._asdict()}
     return answer
 
 
-def _nothing_fits(result, cluster: "Cluster", num_gpus: int) -> str:
+def _print_found(plans: "list[Plan]", written: list[str]) -> None:
+    print(f"{'s a step':>9} {'tokens/s':>12} {'MFU':>6} {'counted':>10} {'compiled':>10}  flags")
+    for plan, typed in zip(plans, written, strict=True):
+        found = plan.estimate
+        compiled = f"{plan.bytes / 1e9:,.1f} GB" if plan.compiled else "-"
+        too_much = "" if plan.fits else "  (does not fit)"
+        print(
+            f"{found.time.total:>9.3g} {found.tokens_per_second:>12,.0f} {found.mfu:>6.1%} "
+            f"{found.memory.total / 1e9:>7,.1f} GB {compiled:>10}  {typed}{too_much}"
+        )
+
+
+def _nothing_fits(found: "Search", cluster: "Cluster", num_gpus: int) -> str:
     from jaxllm.plan.report import gigabytes
 
-    if result.smallest is None:
+    if found.smallest is None:
         return "no layout is legal; `jaxllm layouts --illegal` says why each is not."
-    least = result.smallest
-    over = least.estimate.memory.total - least.estimate.usable_bytes
-    static = least.estimate.memory.static
-    more = max(2, -(-least.estimate.memory.total // least.estimate.usable_bytes)) * num_gpus
+    needed = found.smallest.estimate.memory
+    over = needed.total - cluster.usable_bytes
+    more = max(2, -(-needed.total // cluster.usable_bytes)) * num_gpus
     return (
-        f"no layout fits: the smallest needs {gigabytes(least.estimate.memory.total)} a GPU, {gigabytes(over)} more "
-        f"than {cluster.name} has ({gigabytes(static)} of it weights, gradients and optimizer).\n"
+        f"no layout fits: the smallest needs {gigabytes(needed.total)} a GPU, {gigabytes(over)} more than "
+        f"{cluster.name} has ({gigabytes(needed.static)} of it weights, gradients and optimizer).\n"
         f"What would make it fit: about {int(more):,} GPUs, or cards with more memory."
     )

@@ -33,10 +33,6 @@ class Estimate(NamedTuple):
     gpu_hours: float
 
     @property
-    def fits(self) -> bool:
-        return self.memory.total <= self.usable_bytes
-
-    @property
     def tokens_per_second(self) -> float:
         return self.tokens_a_step / self.time.total
 
@@ -45,7 +41,7 @@ class Estimate(NamedTuple):
         values = self._asdict()
         values["memory"] = {**self.memory._asdict(), "total": self.memory.total}
         values["time"] = {**self.time._asdict(), "total": self.time.total}
-        return values | {"fits": self.fits, "tokens_per_second": self.tokens_per_second}
+        return values | {"tokens_per_second": self.tokens_per_second}
 
 
 def estimate(config: Config, cluster: Cluster, num_gpus: int, tokens: float = 0) -> Estimate:

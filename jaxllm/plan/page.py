@@ -5,16 +5,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxllm.layout.schedules import Action, make_schedule
-from jaxllm.plan.clusters import Cluster
 from jaxllm.plan.compiled import Compiled
 from jaxllm.plan.estimate import Estimate
 from jaxllm.plan.explain import tensor_rows
-from jaxllm.plan.job import make_job
+from jaxllm.plan.plan import Plan
 from jaxllm.plan.program import Program
 from jaxllm.plan.report import SPENT, gigabytes
-from jaxllm.plan.time import step_time
 from jaxllm.plan.traffic import axis_traffic
-from jaxllm.train.config import Config
 
 COLOURS = ("#4c78a8", "#72b7b2", "#9ecae9", "#f58518", "#e45756", "#b279a2", "#eeca3b", "#54a24b", "#9d755d", "#bab0ac")
 ACTIONS = {
@@ -33,32 +30,23 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } h2 { margi
 """
 
 
-def page(
-    head: str,
-    config: Config,
-    cluster: Cluster,
-    num_gpus: int,
-    found: Estimate,
-    program: Program | None,
-    compiled: Compiled | None,
-) -> str:
+def page(plan: Plan) -> str:
     """The text of the page. What only a compiled step tells is left out where nothing was compiled."""
-    job = make_job(config, cluster, num_gpus)
     sections = [
-        ("Memory of a GPU", _memory(found, compiled, cluster)),
-        ("Seconds of a step", _time(found)),
-        ("Traffic of a GPU by link", _traffic(job, compiled)),
+        ("Memory of a GPU", _memory(plan)),
+        ("Seconds of a step", _time(plan.estimate)),
+        ("Traffic of a GPU by link", _traffic(plan)),
     ]
-    if job.stages > 1:
-        sections.append(("Schedule", _schedule(config, job)))
-    if program is not None:
-        sections.append(("Where each parameter lies", _shardings(program)))
-    if compiled is not None:
-        sections.append(("Largest temporaries", _buffers(compiled)))
+    if plan.job.stages > 1:
+        sections.append(("Schedule", _schedule(plan)))
+    if plan.program is not None:
+        sections.append(("Where each parameter lies", _shardings(plan.program)))
+    if plan.compiled is not None:
+        sections.append(("Largest temporaries", _buffers(plan.compiled)))
     body = "\n".join(f"<h2>{title}</h2>\n{content}" for title, content in sections)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>jaxllm plan</title><style>{STYLE}</style>'
-        f"</head><body>\n<h1>jaxllm plan</h1>\n<p>{html.escape(head)}</p>\n{body}\n</body></html>\n"
+        f"</head><body>\n<h1>jaxllm plan</h1>\n<p>{html.escape(plan.head)}</p>\n{body}\n</body></html>\n"
     )
 
 
@@ -79,12 +67,13 @@ def _bar(parts: Sequence[tuple[str, float]], whole: float, mark: float | None, w
     return f'<svg width="{WIDTH}" height="54" role="img">{"".join(pieces)}</svg>\n<p>{"".join(keys)}</p>'
 
 
-def _memory(found: Estimate, compiled: Compiled | None, cluster: Cluster) -> str:
-    parts = found.memory._asdict() if compiled is None else compiled.memory._asdict()
-    total = parts.pop("total", found.memory.total)
-    by = "counted" if compiled is None else f"by XLA, for {compiled.on}"
-    bar = _bar(list(parts.items()), cluster.gpu.memory_bytes, found.usable_bytes, gigabytes)
-    return f"{bar}<p>{gigabytes(total)} ({html.escape(by)}); the line is what a program may fill.</p>"
+def _memory(plan: Plan) -> str:
+    found, compiled = plan.estimate, plan.compiled
+    parts = compiled.memory._asdict() if compiled else found.memory._asdict()
+    parts.pop("total", None)
+    by = f"by XLA, for {compiled.on}" if compiled else "counted"
+    bar = _bar(list(parts.items()), plan.cluster.gpu.memory_bytes, found.usable_bytes, gigabytes)
+    return f"{bar}<p>{gigabytes(plan.bytes)} ({html.escape(by)}); the line is what a program may fill.</p>"
 
 
 def _time(found: Estimate) -> str:
@@ -102,8 +91,9 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequence
     return "<table>" + line("th", head) + "".join(line("td", row) for row in rows) + "</table>"
 
 
-def _traffic(job, compiled: Compiled | None) -> str:
-    rows = axis_traffic(job, compiled.collectives if compiled else None)
+def _traffic(plan: Plan) -> str:
+    job = plan.job
+    rows = axis_traffic(job, plan.compiled and plan.compiled.collectives)
     cells = [
         (
             row.axis,
@@ -118,8 +108,9 @@ def _traffic(job, compiled: Compiled | None) -> str:
     return _table(head, cells, numbers=(1, 3, 4)) if cells else "<p>Nothing is sent.</p>"
 
 
-def _schedule(config: Config, job) -> str:
-    table = make_schedule(config.layout.schedule, job.stages, job.num_microbatches, config.layout.virtual_stages)
+def _schedule(plan: Plan) -> str:
+    job, layout, bubble = plan.job, plan.config.layout, plan.estimate.bubble
+    table = make_schedule(layout.schedule, job.stages, job.num_microbatches, layout.virtual_stages)
     ticks = min(table.num_ticks, DRAWN_TICKS)
     width, height = WIDTH / ticks, 18
     pieces = []
@@ -134,12 +125,11 @@ def _schedule(config: Config, job) -> str:
             place = f'x="{tick * width:.2f}" y="{stage * height}" width="{width:.2f}" height="{height - 2}"'
             pieces.append(f'<rect {place} fill="{colour}"><title>{title}</title></rect>')
     note = f"{table.num_ticks} ticks" + (f", the first {ticks} drawn" if ticks < table.num_ticks else "")
-    bubble = step_time(job)
     keys = "".join(f'<span class="key" style="background:{c}"></span>{n}' for n, c in ACTIONS.values())
     return (
         f'<svg width="{WIDTH}" height="{job.stages * height}" role="img">{"".join(pieces)}</svg>'
-        f'<p>{keys}</p><p class="note">{html.escape(config.layout.schedule)}: a row a stage, {note}; '
-        f"the bubble is {bubble.bubble / bubble.total:.1%} of the step.</p>"
+        f'<p>{keys}</p><p class="note">{html.escape(layout.schedule)}: a row a stage, {note}; '
+        f"the bubble is {bubble:.1%} of the step.</p>"
     )
 
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 
-from jaxllm.plan.clusters import Cluster
-from jaxllm.plan.compiled import Buffer, Compiled
+from jaxllm.plan.compiled import Buffer
 from jaxllm.plan.estimate import Estimate
 from jaxllm.plan.explain import CollectiveRow
-from jaxllm.plan.traffic import AxisTraffic
+from jaxllm.plan.plan import Plan
+from jaxllm.plan.traffic import AxisTraffic, axis_traffic, crosses_nodes
+from jaxllm.steps import STEPS
 
 SHOWN = 14  # rows of traffic
 
@@ -25,19 +26,31 @@ SPENT = {  # parts of a step, in the words of a report
 }
 
 
+def lines(plan: Plan) -> Iterator[str]:
+    """The whole report."""
+    compiled, job = plan.compiled, plan.job
+    yield from (plan.head, "", *memory_lines(plan))
+    if compiled:
+        crossing = [crosses_nodes(row, job) for row in compiled.collectives]
+        yield from ("", *buffer_lines(compiled.buffers), "", *traffic_lines(compiled.collectives, crossing))
+    yield from ("", *axis_lines(axis_traffic(job, compiled and compiled.collectives)))
+    yield from ("", *time_lines(plan.estimate, plan.num_gpus))
+    if STEPS[plan.config.train_step].draws:
+        yield "The rollouts, in which the model writes, are not in it."
+
+
 def gigabytes(count: float) -> str:
-    return f"{count / 1e9:,.2f} GB"
+    """Written; a small count in megabytes."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
 
 
-def memory_lines(found: Estimate, compiled: Compiled | None, cluster: Cluster) -> Iterator[str]:
+def memory_lines(plan: Plan) -> Iterator[str]:
     """Bytes of a GPU: as XLA laid them out, or as counted."""
-    usable, card = found.usable_bytes, cluster.gpu.memory_bytes
-    if compiled is None:
-        parts, total, by = found.memory._asdict(), found.memory.total, "counted"
-    else:
-        parts, total = compiled.memory._asdict(), compiled.memory.total
-        parts.pop("total")
-        by = f"as XLA laid them out for {compiled.on}, compiled in {compiled.seconds:.1f} s"
+    found, compiled = plan.estimate, plan.compiled
+    usable, card, total = found.usable_bytes, plan.cluster.gpu.memory_bytes, plan.bytes
+    parts = compiled.memory._asdict() if compiled else found.memory._asdict()
+    parts.pop("total", None)
+    by = f"as XLA laid them out for {compiled.on}, compiled in {compiled.seconds:.1f} s" if compiled else "counted"
     yield f"memory a GPU, {by}:"
     for name, size in parts.items():
         if size:
