@@ -49,10 +49,11 @@ class Plan(NamedTuple):
         sizes = mesh_shape(config.mesh, self.num_gpus).items()
         mesh = " x ".join(f"{axis}={size}" for axis, size in sizes if size > 1)
         active = f" ({found.active_parameters / 1e9:,.2f} at work)" if config.model.num_experts else ""
+        gpus = f"{self.num_gpus} GPU{'s' * (self.num_gpus > 1)} of {self.cluster.name}"
         return (
-            f"{config.train_step}: {found.parameters / 1e9:,.2f} billion parameters{active} on {self.num_gpus} "
-            f"GPU{'s' * (self.num_gpus > 1)} of {self.cluster.name}: {mesh or 'one GPU'}, ZeRO {config.layout.zero_stage}, "
-            f"{found.tokens_a_step:,} tokens a step in {config.layout.num_microbatches} microbatches"
+            f"{config.train_step}: {found.parameters / 1e9:,.2f} billion parameters{active} on {gpus}: "
+            f"{mesh or 'one device'}, ZeRO {config.layout.zero_stage}, {found.tokens_a_step:,} tokens a step in "
+            f"{config.layout.num_microbatches} microbatches"
         )
 
     def as_dict(self) -> dict[str, Any]:
