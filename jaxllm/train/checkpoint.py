@@ -392,14 +392,23 @@ def _check_same_arrays(folder: Path, item: str, abstract: Any, saved: Any, num_l
       num_layers: those of the model that was saved; arrays of layers may be longer, here and there.
     """
 
-    def describe(path: str, leaf: Any) -> str:
-        shape = list(leaf.shape)
-        if num_layers and "layers" in path.split("/") and shape[:1] > [num_layers]:
-            shape[0] = num_layers
-        return f"{shape} {jax.numpy.dtype(leaf.dtype).name}"
+    describe = lambda leaf, shape: f"{list(shape)} {jax.numpy.dtype(leaf.dtype).name}"  # noqa: E731
 
-    wanted = {path: describe(path, leaf) for path, leaf in _paths(abstract).items()}
-    found = {path: describe(path, leaf) for path, leaf in _paths(saved).items()}
+    def saved_shape(path: str, leaf: Any) -> tuple[int, ...]:
+        # Stages are no more than layers, so fewer than as many again were made up.
+        longer = (
+            num_layers and "layers" in path.split("/") and leaf.shape and num_layers < leaf.shape[0] < 2 * num_layers
+        )
+        return (num_layers, *leaf.shape[1:]) if longer else leaf.shape
+
+    def wanted_shape(path: str, leaf: Any) -> tuple[int, ...]:
+        stages = getattr(getattr(leaf.sharding, "mesh", None), "shape", {}).get("pipeline", 1)
+        made_up = math.ceil((num_layers or 0) / stages) * stages
+        longer = num_layers and "layers" in path.split("/") and leaf.shape[:1] == (made_up,)
+        return (num_layers, *leaf.shape[1:]) if longer else leaf.shape
+
+    wanted = {path: describe(leaf, wanted_shape(path, leaf)) for path, leaf in _paths(abstract).items()}
+    found = {path: describe(leaf, saved_shape(path, leaf)) for path, leaf in _paths(saved).items()}
     differ = [path for path in (wanted | found) if wanted.get(path) != found.get(path)]
     if not differ:
         return

@@ -37,11 +37,9 @@ def compiled_line(expected: Expectation, compiled: jax.stages.Compiled) -> str:
     )
 
 
-def measured_line(
-    expected: Expectation, record: Mapping[str, float], tokens_a_step: int, device: jax.Device
-) -> str | None:
-    """After the first logged steps; None where there is nothing to compare."""
-    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+def measured_line(expected: Expectation, record: Mapping[str, float], tokens_a_step: int) -> str | None:
+    """After the first logged steps, of the first device here; None where there is nothing to compare."""
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     parts = [] if peak is None else [f"{peak / 1e9:,.2f} GB at most (planned {expected.counted_bytes / 1e9:,.2f})"]
     rate = record.get("tokens_per_second")
     if expected.seconds is not None and rate:

@@ -153,9 +153,7 @@ def train(
                 record = monitor.read(unread, logs=unread.step % config.train.log_every == 0)
                 if unread.step % config.train.log_every == 0:
                     monitor.log(record)
-                    if expected and (
-                        line := measured_line(expected, record, tokens_a_step, layout.mesh.devices.flat[0])
-                    ):
+                    if expected and (line := measured_line(expected, record, tokens_a_step)):
                         report.say(line)
                     expected = None
                 if monitor.nonfinite_on_end > config.train.max_nonfinite:
