@@ -14,10 +14,12 @@ DATA = ROOT.parent / "shared" / "data"
 
 def output_of(module: str, *arguments: str) -> str:
     """What a benchmark prints, on one device and compiled to be fast."""
+    # As many threads as there are cores: sums over threads, and so what is learned, differ with their number.
+    environment = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
     made = subprocess.run(
         [sys.executable, "-m", f"tests.benchmarks.{module}", *arguments],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+        env=environment | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
     )
