@@ -9,7 +9,8 @@ WORKDIR ?= runs/quickstart
 WORKERS ?= 2
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
-# What the tests hold jaxllm against: torch, transformers, lm_eval. Large, so quickstart does without.
+# What the tests hold jaxllm against (torch, transformers, lm_eval) and XLA's CUDA compiler. Large, so quickstart does
+# without.
 TESTED  := $(VENV)/.ready_to_test
 
 .PHONY: quickstart test lint clean

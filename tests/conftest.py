@@ -2,6 +2,8 @@
 
 import os
 
+from jaxllm.layout.virtual_devices import add_threads
+
 # LLVM's optimisation is most of a compile's time, and tests compute next to nothing.
 # A machine that is busy with other work may keep a device from a collective for minutes; XLA would abort after 40 s.
 FLAGS = (
@@ -10,5 +12,5 @@ FLAGS = (
 )
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["PJRT_NPROC"] = "32"  # threads, as jaxllm/cli/main.py sets them
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+add_threads()

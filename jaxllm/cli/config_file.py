@@ -17,6 +17,12 @@ from jaxllm.train.config import GROUPS, Config, base_config, read_config
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
+def refuse_unnamed(path: str | None, what: str = "which model") -> None:
+    """Raises: UserError: no config was named."""
+    if not path:
+        raise UserError(f"say {what}: --config FILE.py (those that come with jaxllm are in configs/).")
+
+
 def load_config(path: str, overrides: Mapping[str, str]) -> Config:
     """The config of `get_config()` in the Python file `path`, or of `get_config("x")` for `path:x`, with overrides.
 

@@ -4,9 +4,10 @@ import json
 import sys
 from collections.abc import Sequence
 
-from jaxllm.cli.config_file import load_config
+from jaxllm.cli.config_file import load_config, refuse_unnamed
 from jaxllm.cli.flags import Parser
 from jaxllm.errors import UserError
+from jaxllm.layout.virtual_devices import set_virtual_devices
 
 EXAMPLES = """\
   jaxllm explain --config configs/quickstart.py --devices 8 --config.mesh.model=2
@@ -18,7 +19,7 @@ Nothing is run, and no data is read. Where there are fewer than N devices, N vir
 
 def _parser() -> Parser:
     parser = Parser("explain", "Tells where each tensor lies, and what each collective of a step is for.", EXAMPLES)
-    parser.add_argument("--config", metavar="FILE.py", help="the experiment: a Python file with get_config()")
+    parser.add_config()
     parser.add_argument("--devices", type=int, metavar="N", help="how many (default: those that are here)")
     parser.add_argument("--tensor", metavar="PATH", help="this tensor alone; a glob such as 'layers.mlp.*' will do")
     parser.add_argument("--collectives", action="store_true", help="the collectives alone")
@@ -29,16 +30,13 @@ def _parser() -> Parser:
 def main(argv: list[str]) -> int:
     """Runs the verb; `argv` is what follows it. Returns the exit code."""
     options, overrides = _parser().parse_with_overrides(argv)
-    if not options.config:
-        raise UserError("say which model: --config FILE.py (those that come with jaxllm are in configs/).")
+    refuse_unnamed(options.config)
     if options.devices is not None and options.devices < 1:
         raise UserError(f"--devices={options.devices} must be 1 or more.")
     config = load_config(options.config, overrides)
 
-    from jaxllm.plan.measure import virtual_devices
-
     if options.devices:
-        virtual_devices(options.devices)  # before JAX counts what there is
+        set_virtual_devices(options.devices)  # before JAX counts what there is
     import jax
 
     from jaxllm.layout.compile_check import compile_checked

@@ -19,6 +19,10 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def add_config(self) -> None:
+        """The flag that names an experiment. `config_file.refuse_unnamed` answers where it was left out."""
+        self.add_argument("--config", metavar="FILE.py", help="the experiment: a Python file with get_config()")
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. See {self.prog} --help.")
 

@@ -7,9 +7,10 @@ import sys
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.cli.config_file import load_config
+from jaxllm.cli.config_file import load_config, refuse_unnamed
 from jaxllm.cli.flags import Parser
 from jaxllm.errors import UserError
+from jaxllm.layout.virtual_devices import set_virtual_devices
 from jaxllm.train.config import Config
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ given as the flags to type after `jaxllm train --config FILE.py`."""
 
 def _parser() -> Parser:
     parser = Parser("layouts", "Lists the layouts that a model can be trained with on N devices.", EXAMPLES)
-    parser.add_argument("--config", metavar="FILE.py", help="the experiment: a Python file with get_config()")
+    parser.add_config()
     parser.add_argument("--devices", type=int, metavar="N", help="how many; they need not be here, but to measure")
     parser.add_argument(
         "--vary",
@@ -46,8 +47,7 @@ def _parser() -> Parser:
 def main(argv: list[str]) -> int:
     """Runs the verb; `argv` is what follows it. Returns the exit code: 1 where nothing legal was found or measured."""
     options, overrides = _parser().parse_with_overrides(argv)
-    if not options.config:
-        raise UserError("say which model: --config FILE.py (those that come with jaxllm are in configs/).")
+    refuse_unnamed(options.config)
     if not options.devices or options.devices < 1:
         raise UserError("say on how many devices: --devices N, 1 or more.")
     if options.steps < 1:
@@ -94,9 +94,9 @@ def _measured(
 ) -> "dict[Config, Measurement | Failure]":
     """The result of each layout, told on stderr as it comes."""
     from jaxllm.plan.layouts import flags
-    from jaxllm.plan.measure import measure_all, virtual_devices
+    from jaxllm.plan.measure import measure_all
 
-    virtual_devices(options.devices)  # this process has touched no device so far: the memory of a GPU is all theirs
+    set_virtual_devices(options.devices)  # this process has touched no device so far: the memory of a GPU is all theirs
     results = {}
     for number, (layout, result) in enumerate(measure_all(legal, options.devices, options.steps), start=1):
         said = f"{result.tokens_per_second:,.0f} tokens/s" if _is_timed(result) else f"failed: {result.reason}"

@@ -6,10 +6,10 @@ Nothing here imports JAX: `jaxllm --help` answers at once.
 import importlib
 import importlib.metadata
 import os
-import re
 import sys
 
 from jaxllm.errors import UserError, did_you_mean
+from jaxllm.layout.virtual_devices import add_threads
 
 VERBS = {
     "tokenizer": "train a tokenizer on text",
@@ -44,7 +44,7 @@ The same on 8 devices, weights and optimizer state spread over four, matrices ov
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb. Returns the exit code: 0 done, 1 failed, 2 the user's mistake, 75 preempted after a good save."""
     argv = sys.argv[1:] if argv is None else argv
-    _add_threads_for_virtual_devices()
+    add_threads()
     try:
         code = _dispatch(argv)
         sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's last breath
@@ -58,17 +58,6 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `jaxllm generate … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-
-
-def _add_threads_for_virtual_devices() -> None:
-    """Four threads a virtual CPU device, where XLA would have one.
-
-    A device that waits in a collective keeps its thread, and independent collectives may wait at once: with one thread
-    a device the last ones find none, and the program stops for good (seen about once in an hour of tests).
-    """
-    found = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
-    if found:
-        os.environ.setdefault("PJRT_NPROC", str(4 * int(found[1])))
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.cli.config_file import load_config
+from jaxllm.cli.config_file import load_config, refuse_unnamed
 from jaxllm.cli.flags import Parser
 from jaxllm.errors import UserError
+from jaxllm.layout.virtual_devices import set_virtual_devices
 from jaxllm.train.config import Config
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ XLA's own; without it virtual CPU devices stand in. --quick counts instead, and 
 
 def _parser() -> Parser:
     parser = Parser("plan", "Tells whether a run fits a cluster, what it sends, and how long it takes.", EXAMPLES)
-    parser.add_argument("--config", metavar="FILE.py", help="the experiment: a Python file with get_config()")
+    parser.add_config()
     parser.add_argument("--cluster", default="", metavar="NAME", help="or FILE.toml (default: config.cluster)")
     parser.add_argument("--gpus", type=int, metavar="N", help="how many (default: config.cluster.gpus, or the mesh's)")
     parser.add_argument("--tokens", type=float, default=0, metavar="N", help="of the run (default: 20 a parameter)")
@@ -43,8 +44,7 @@ def _parser() -> Parser:
 def main(argv: list[str]) -> int:
     """Runs the verb; `argv` is what follows it. Returns the exit code: 1 where nothing fits."""
     options, overrides = _parser().parse_with_overrides(argv)
-    if not options.config:
-        raise UserError("say which model: --config FILE.py (those that come with jaxllm are in configs/).")
+    refuse_unnamed(options.config)
     if options.top < 1:
         raise UserError(f"--top={options.top} must be 1 or more.")
 
@@ -66,13 +66,12 @@ def main(argv: list[str]) -> int:
 def _compiles_for(num_gpus: int, quick: bool) -> str:
     """What a step is compiled for, as `make_plan` takes it."""
     from jaxllm.plan import gpu_free
-    from jaxllm.plan.measure import virtual_devices
 
     reason = gpu_free.missing()
     if quick or not reason:
         return "counted" if quick else "gpus"
     print(f"{reason}: virtual CPU devices stand in for the GPUs", file=sys.stderr)
-    virtual_devices(num_gpus)
+    set_virtual_devices(num_gpus)
     return "virtual"
 
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from jaxllm.cli import distributed
-from jaxllm.cli.config_file import load_config
+from jaxllm.cli.config_file import load_config, refuse_unnamed
 from jaxllm.cli.flags import Parser
 from jaxllm.errors import UserError
 
@@ -20,12 +20,11 @@ preset (gpt2, llama3_8b, …). Run the same command again and the run goes on fr
 
 def main(argv: list[str]) -> int:
     parser = Parser("train", "Trains a model, or goes on with a run that was interrupted.", EXAMPLES)
-    parser.add_argument("--config", metavar="FILE.py", help="the experiment: a Python file with get_config()")
+    parser.add_config()
     parser.add_argument("--workdir", metavar="DIR", help="where the run lives: config, metrics, checkpoints, tokenizer")
     distributed.add_flags(parser)
     options, overrides = parser.parse_with_overrides(argv)
-    if not options.config:
-        raise UserError("say what to train: --config FILE.py (those that come with jaxllm are in configs/).")
+    refuse_unnamed(options.config, "what to train")
     if not options.workdir:
         raise UserError("say where the run lives: --workdir DIR.")
     workdir = Path(options.workdir)

@@ -23,7 +23,12 @@ def shape_at_rest(layout: Layout, axes: Sequence[str | None], shape: Sequence[in
     """The shape of a weight in a train state: its own, but for layers that are made up to a multiple of the stages."""
     if tuple(axes[:1]) != ("layers",) or layout.num_stages == 1:
         return tuple(shape)
-    return (math.ceil(shape[0] / layout.num_stages) * layout.num_stages, *shape[1:])
+    return (made_up(shape[0], layout.num_stages), *shape[1:])
+
+
+def made_up(num_layers: int, num_stages: int) -> int:
+    """The layers with the empty ones after them: the next multiple of the stages."""
+    return math.ceil(num_layers / num_stages) * num_stages
 
 
 def tensor_at_rest(layout: Layout, tensor: Tensor) -> Tensor:

@@ -183,6 +183,14 @@ def _at_rest(layout: Layout, weight: Tensor) -> list[tuple[int, ...]]:
     return [shape, shape[1:]] if weight.axes[:1] == ("layers",) else [shape]
 
 
+def bytes_of_step(compiled: jax.stages.Compiled) -> int:
+    """The most that a device needs for a compiled step: arguments, temporaries, and results that take no argument's
+    place."""
+    stats = compiled.memory_analysis()
+    results = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return stats.argument_size_in_bytes + stats.temp_size_in_bytes + results
+
+
 @contextlib.contextmanager
 def captured_stderr() -> Iterator[Callable[[], str]]:
     """Lets one read, after the block, what this process wrote to stderr inside it, C++ included; it is shown, too.

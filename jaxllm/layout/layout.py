@@ -64,6 +64,11 @@ class Layout:
         """The same layout as code sees it that runs on one device's part along `mesh_axes`."""
         return dataclasses.replace(self, manual=self.manual | set(mesh_axes))
 
+    @property
+    def of_stage(self) -> "Layout":
+        """The same layout as a stage of a pipeline sees it; without a pipeline itself."""
+        return self.inside("pipeline") if self.num_stages > 1 else self
+
     def size(self, logical_axis: str) -> int:
         """Into how many parts `logical_axis` is split."""
         return math.prod(self.mesh.shape[axis] for axis in self.mesh_axes(logical_axis))

@@ -4,15 +4,16 @@ import math
 import re
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
 from jaxllm.layout import zero
-from jaxllm.layout.at_rest import shape_at_rest, tensor_at_rest
+from jaxllm.layout.at_rest import tensor_at_rest
 from jaxllm.layout.collectives import metadata_of
+from jaxllm.layout.compile_check import bytes_of_step
 from jaxllm.layout.hlo_source import Source, local_shape
 from jaxllm.layout.layout import as_dtype
 from jaxllm.layout.scope import Tensor, scopes
@@ -81,28 +82,29 @@ def compiled_memory(program: Program, compiled: jax.stages.Compiled) -> Compiled
     rest = max(temporaries - weights - gradients, 0)
     if not rest:  # XLA found a way to need less than both at once
         weights, gradients = min(weights, temporaries), max(temporaries - weights, 0)
-    total = arguments + temporaries + stats.output_size_in_bytes - stats.alias_size_in_bytes
     batch = max(arguments - parameters - optimizer, 0)
-    return CompiledMemory(parameters, optimizer, batch, weights, gradients, rest, total)
+    return CompiledMemory(parameters, optimizer, batch, weights, gradients, rest, bytes_of_step(compiled))
 
 
 def _for_step(program: Program) -> tuple[int, int]:
     """Bytes of the gathered weights, and of the sums of gradients, by their shardings."""
-    layout, compute = program.layout, as_dtype(program.config.precision.compute).itemsize
-    inside = layout.inside("pipeline") if layout.num_stages > 1 else layout
+    layout, compute = program.layout.of_stage, as_dtype(program.config.precision.compute).itemsize
     summed = as_dtype(layout.reduce_dtype).itemsize
-    trained = {name for name in program.spec.parameters if program.is_trained(name)}
     weights = gradients = 0
-    for name, tensor in program.spec.parameters.items():
-        shape = shape_at_rest(layout, *tensor)
-        if layout.num_stages > 1 and tensor.axes[:1] == ("layers",):
-            shape = (shape[0] // layout.num_stages, *shape[1:])
-        tensor = Tensor(tensor.axes, shape)
-        size = lambda spec, tensor=tensor: math.prod(local_shape(inside, tensor, spec))  # noqa: E731
-        if name in trained:
-            weights += compute * size(zero.step_spec(inside, *tensor))
-            gradients += summed * size(zero.gradient_spec(inside, *tensor))
+    for name, tensor in _of_stage(program):
+        if program.is_trained(name):
+            weights += compute * math.prod(local_shape(layout, tensor, zero.step_spec(layout, *tensor)))
+            gradients += summed * math.prod(local_shape(layout, tensor, zero.gradient_spec(layout, *tensor)))
     return weights, gradients
+
+
+def _of_stage(program: Program) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter, of the layers those that one stage has."""
+    for name, tensor in program.spec.parameters.items():
+        axes, shape = tensor_at_rest(program.layout, tensor)
+        if axes[:1] == ("layers",):
+            shape = (shape[0] // program.layout.num_stages, *shape[1:])
+        yield name, Tensor(axes, shape)
 
 
 def _buffers(folder: Path, hlo: str, shapes: Mapping[tuple[int, ...], str]) -> list[Buffer]:
@@ -129,19 +131,16 @@ def _buffers(folder: Path, hlo: str, shapes: Mapping[tuple[int, ...], str]) -> l
 def _shapes(program: Program) -> dict[tuple[int, ...], str]:
     """What has such a shape on one device, sizes sorted and ones left out: a weight, or an activation of a microbatch,
     alone or kept by every layer."""
-    layout = program.layout.inside("pipeline") if program.layout.num_stages > 1 else program.layout
+    layout = program.layout.of_stage
     found: dict[tuple[int, ...], list[str]] = {}
     layers = math.ceil(program.config.model.num_layers / layout.num_stages / layout.virtual_stages)
     for name, tensor in program.activations.items():
         shape = local_shape(layout, tensor, layout.spec(tensor.axes, tensor.shape))
         found.setdefault(_sorted(shape), []).append(name)
         found.setdefault(_sorted((layers, *shape)), []).append(f"{name}, of {layers} layers")
-    for name, tensor in program.spec.parameters.items():
-        rest = tensor_at_rest(program.layout, tensor)
-        if layout.num_stages > 1 and tensor.axes[:1] == ("layers",):
-            rest = Tensor(rest.axes, (rest.shape[0] // layout.num_stages, *rest.shape[1:]))
-        for spec in (zero.step_spec(layout, *rest), zero.state_spec(layout, *rest)):
-            names = found.setdefault(_sorted(local_shape(layout, rest, spec)), [])
+    for name, tensor in _of_stage(program):
+        for spec in (zero.step_spec(layout, *tensor), zero.state_spec(layout, *tensor)):
+            names = found.setdefault(_sorted(local_shape(layout, tensor, spec)), [])
             names += [name] * (name not in names)
     return {shape: " or ".join(names[:2]) for shape, names in found.items() if shape}
 

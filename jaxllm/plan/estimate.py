@@ -53,28 +53,41 @@ def estimate(config: Config, cluster: Cluster, num_gpus: int, tokens: float = 0)
     Raises:
       UserError: a mesh that does not fit the GPUs, or a card that cannot compute in the precision.
     """
-    job = make_job(config, cluster, num_gpus)
+    return estimate_job(make_job(config, cluster, num_gpus), model_size(config), tokens)
+
+
+class ModelSize(NamedTuple):
+    """What no layout changes."""
+
+    parameters: int
+    active_parameters: int
+    flops: float  # of a token
+
+
+def model_size(config: Config) -> ModelSize:
+    """Of a config whose vocabulary is known."""
     spec = model_spec(dataclasses.replace(config.model.resolved(), scalar_head=False), config.adapter)
-    return estimate_job(job, spec.num_parameters, spec.num_active_parameters, flops_per_token(spec, job.length), tokens)
+    length = config.data.length or spec.config.max_length
+    return ModelSize(spec.num_parameters, spec.num_active_parameters, flops_per_token(spec, length))
 
 
-def estimate_job(job: Job, parameters: int, active: int, model_flops: float, tokens: float = 0) -> Estimate:
+def estimate_job(job: Job, size: ModelSize, tokens: float = 0) -> Estimate:
     """The same of a job."""
     seconds = step_time(job)
     a_step = job.batch_size * job.length
     peak = job.cluster.gpu.peak_flops(job.compute)
-    tokens = tokens or TOKENS_A_PARAMETER * active
+    tokens = tokens or TOKENS_A_PARAMETER * size.active_parameters
     in_all = tokens / a_step * seconds.total
     return Estimate(
-        parameters=parameters,
-        active_parameters=active,
+        parameters=size.parameters,
+        active_parameters=size.active_parameters,
         memory=memory(job),
         usable_bytes=job.cluster.usable_bytes,
         time=seconds,
         tokens_a_step=a_step,
-        model_flops=model_flops,
+        model_flops=size.flops,
         device_flops=device_flops(job),
-        mfu=model_flops * a_step / (seconds.total * job.num_gpus * peak),
+        mfu=size.flops * a_step / (seconds.total * job.num_gpus * peak),
         bubble=seconds.bubble / seconds.total,
         tokens=tokens,
         days=in_all / 86_400,
@@ -85,8 +98,8 @@ def estimate_job(job: Job, parameters: int, active: int, model_flops: float, tok
 def device_flops(job: Job) -> float:
     """Of a step, on a device of the stage with most layers and the head."""
     work, ends = layer_work(job), end_work(job)
-    products, attention, _ = dict(job.practice.recomputes)[job.layout.remat]
-    stage = 1 if job.stages > 1 and job.practice.stage_recomputes else 0
+    products, attention, _ = job.recomputes
+    stage = job.stage_recomputes
     gradients = 2 if job.trained == 1 else 1
     of_products = sum(p.flops for p in work.products) * (1 + gradients + products + stage)
     of_attention = work.attention.flops * (1 + 2.5 + attention + stage)

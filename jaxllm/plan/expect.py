@@ -1,5 +1,6 @@
 """The planner's word on a run that is about to start, for `jaxllm train` to print."""
 
+from jaxllm.errors import UserError
 from jaxllm.layout.layout import Layout
 from jaxllm.plan.clusters import Cluster, chosen_cluster, cluster_names, load_cluster
 from jaxllm.plan.job import make_job
@@ -18,7 +19,11 @@ def expected(config: Config, layout: Layout) -> Expectation:
         cluster = chosen_cluster(config.cluster, config.mesh, num_gpus=1)[0]
     job = make_job(config, cluster, mesh.size)
     told = cluster.name if known else f"{device.device_kind} is not in the planner's table: no time is planned"
-    return Expectation(memory(job).total, step_time(job).total if known else None, told)
+    try:
+        seconds = step_time(job).total if known else None
+    except UserError as error:  # what a plan cannot say, a precision that the table has no figure for, hinders no run
+        seconds, told = None, str(error)
+    return Expectation(memory(job).total, seconds, told)
 
 
 def _cluster_of(device_kind: str, config: Config) -> Cluster | None:

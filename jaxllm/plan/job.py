@@ -74,6 +74,16 @@ class Job(_Fields):
     def itemsize(self) -> int:
         return BYTES[self.compute]
 
+    @property
+    def recomputes(self) -> tuple[float, float, float]:
+        """Parts of a layer's matrix products, attention and the rest that the backward pass computes again."""
+        return dict(self.practice.recomputes)[self.layout.remat]
+
+    @property
+    def stage_recomputes(self) -> bool:
+        """Whether it computes a stage's layers once more besides."""
+        return self.stages > 1 and self.practice.stage_recomputes
+
     @cached_property
     def stage_layers(self) -> tuple[int, ...]:
         """Layers of each stage, those of all its virtual stages together."""

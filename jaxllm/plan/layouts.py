@@ -203,7 +203,7 @@ def _program(config: Config, num_devices: int, weights_of: Callable[..., Any]) -
 def _weights(model: ModelConfig, sizes: tuple[tuple[str, int], ...], rules: Rules, zero_stage: int) -> Any:
     """Where each weight lies at rest and in a step, where its gradient is summed, and over what once a step."""
     spec, layout = _spec(model), _abstract_layout(sizes, rules, zero_stage)
-    inside = layout.inside("pipeline") if layout.num_stages > 1 else layout
+    inside = layout.of_stage
     axes, shapes = jax.tree.leaves(spec.axes, is_leaf=lambda a: isinstance(a, tuple)), jax.tree.leaves(spec.shapes)
     leaves = [(a, leaf.shape) for a, leaf in zip(axes, shapes, strict=True)]
     steps = tuple(zero.step_spec(inside, *leaf) for leaf in leaves)

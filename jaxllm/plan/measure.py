@@ -5,7 +5,6 @@ every layout does, so that the peak of the memory is its own.
 """
 
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +25,6 @@ from jaxllm.train.optimizer import make_optimizer, make_schedule
 from jaxllm.train.reference import reference_kind
 from jaxllm.train.state import init_state
 from jaxllm.train.train_step import make_train_step
-
-_HOST_DEVICES = "--xla_force_host_platform_device_count"
 
 
 class Measurement(NamedTuple):
@@ -170,10 +167,3 @@ def _serve(connection: Connection) -> None:
             told = " ".join(str(error).split())[:300]
             result = Failure(told if isinstance(error, UserError) else f"{type(error).__name__}: {told}")
         connection.send(result)
-
-
-def virtual_devices(num_devices: int) -> None:
-    """Makes processes started from here see `num_devices` CPU devices. GPUs stay what they are."""
-    before = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(_HOST_DEVICES)]
-    os.environ["XLA_FLAGS"] = " ".join([*before, f"{_HOST_DEVICES}={num_devices}"])
-    os.environ.setdefault("PJRT_NPROC", str(4 * num_devices))  # as in cli/main.py

@@ -94,7 +94,7 @@ def _score_bytes(job: Job) -> float:
 
 def kept_bytes(job: Job) -> float:
     """What one layer keeps of a microbatch under the remat policy."""
-    products, attention, rest = dict(job.practice.recomputes)[job.layout.remat]
+    products, attention, rest = job.recomputes
     if (products, attention, rest) == (0, 0, 0):
         return full_bytes(job)
     if attention and not products:
@@ -113,7 +113,7 @@ def kept_bytes(job: Job) -> float:
 def _in_flight(job: Job, stage: int, layers: int, kept: float) -> tuple[float, float]:
     """Kept activations, and what the backward pass of one layer needs besides."""
     count, stages, virtual = job.num_microbatches, job.stages, job.layout.virtual_stages
-    recomputes = any(dict(job.practice.recomputes)[job.layout.remat])
+    recomputes = any(job.recomputes)
     working = (1.5 if recomputes else 0.5) * layer_bytes(job)
     if stages == 1:
         return layers * kept, working

@@ -82,8 +82,9 @@ JAXLLM = Practice(
     keeps_scores=False,
     chunked_loss=True,
 )
-# Narayanan et al. 2021, Korthikanti et al. 2022: fused softmax, float16 gradients, nothing under the computation;
-# `selective` computes attention again and keeps the rest.
+# Megatron's `selective` computes attention again and keeps the rest (Korthikanti et al. 2022).
+AGAIN_ATTENTION = (("none", (0, 0, 0)), ("selective", (0, 1, 0)), ("full", (1, 1, 1)))
+# Narayanan et al. 2021, Korthikanti et al. 2022: fused softmax, float16 gradients, nothing under the computation.
 MEGATRON_2021 = Practice(
     "Megatron-LM 2021",
     flash=False,
@@ -92,36 +93,28 @@ MEGATRON_2021 = Practice(
     gradient_bytes=2,
     gradient_traffic=2,
     scatters_stages=True,
-    recomputes=(("none", (0, 0, 0)), ("selective", (0, 1, 0)), ("full", (1, 1, 1))),
+    recomputes=AGAIN_ATTENTION,
 )
 # BLOOM's trials in float16: ZeRO 1 of DeepSpeed's own optimizer.
-MEGATRON_DEEPSPEED_FLOAT16 = Practice(
-    "Megatron-DeepSpeed, float16",
-    flash=False,
-    dropout=True,
-    accumulation_bytes=6,
-    gradient_bytes=2,
-    gradient_traffic=2,
+MEGATRON_DEEPSPEED_FLOAT16 = dataclasses.replace(
+    MEGATRON_2021,
+    name="Megatron-DeepSpeed, float16",
+    scatters_stages=False,
     state_bytes=16,  # and a float32 gradient of its shard, while it updates
     host_seconds=7e-3,  # fitted
     keeps_stage_output=True,
-    recomputes=MEGATRON_2021.recomputes,
     context_bytes=3e9,
     reserve=0.05,
 )
 # BLOOM: BF16Optimizer keeps a float32 sum beside the bfloat16 gradients, and shards neither.
-MEGATRON_DEEPSPEED = Practice(
-    "Megatron-DeepSpeed, bfloat16",
-    flash=False,
-    dropout=True,
+MEGATRON_DEEPSPEED = dataclasses.replace(
+    MEGATRON_DEEPSPEED_FLOAT16,
+    name="Megatron-DeepSpeed, bfloat16",
     accumulation_bytes=12,
+    state_bytes=12,
     gradient_bytes=6,
     gradient_traffic=4,
-    keeps_stage_output=True,
     host_seconds=13e-3,  # it ran with CUDA_LAUNCH_BLOCKING=1; fitted
-    recomputes=MEGATRON_2021.recomputes,
-    context_bytes=3e9,
-    reserve=0.05,
 )
 # Megatron-Core: TransformerEngine, gradients summed inside the products, gathers and reductions under the computation.
 MEGATRON_CORE = Practice(
@@ -131,7 +124,7 @@ MEGATRON_CORE = Practice(
     hides_tensor=0.6,
     hides_pipeline=0.8,
     scatters_stages=True,
-    recomputes=(("none", (0, 0, 0)), ("selective", (0, 1, 0)), ("full", (1, 1, 1))),
+    recomputes=AGAIN_ATTENTION,
 )
 # Its functional tests: deterministic kernels, no overlap asked for, dropout.
 MEGATRON_CORE_TESTS = Practice(
@@ -139,15 +132,12 @@ MEGATRON_CORE_TESTS = Practice(
     dropout=True,
     deterministic=True,
     accumulation_bytes=8,
-    recomputes=MEGATRON_CORE.recomputes,
+    recomputes=AGAIN_ATTENTION,
 )
 # torchtitan: FSDP 2 with float32 shards; `selective` keeps every second product.
 TORCHTITAN = Practice(
     "torchtitan",
     accumulation_bytes=0,
-    state_bytes=12,
-    gradient_bytes=4,
-    gradient_traffic=4,
     hides_data=0.9,
     copies_gathered=True,
     logit_bytes=14,

@@ -1,21 +1,20 @@
 """Ranks the layouts of a model on a cluster: all legal ones counted, and those that fit put in order of their speed."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from jaxllm.errors import UserError
 from jaxllm.layout.config import MeshConfig
 from jaxllm.layout.mesh import AXES
-from jaxllm.model.spec import model_spec
 from jaxllm.plan.clusters import Cluster
-from jaxllm.plan.estimate import Estimate, estimate_job
+from jaxllm.plan.estimate import Estimate, estimate_job, model_size
 from jaxllm.plan.job import make_job
 from jaxllm.plan.layouts import factorisations
 from jaxllm.plan.memory import memory
 from jaxllm.train.checks import check
 from jaxllm.train.config import Config
-from jaxllm.train.flops import flops_per_token
 
 SCHEDULES = ("1f1b", "1f1b_aligned", "interleaved", "zero_bubble")
 MARGIN = 0.95  # of the usable memory, that a counted layout may fill: XLA may need more
@@ -41,11 +40,9 @@ def search(
     Args:
       tell: called with how many layouts are judged and how many there are.
     """
-    spec = model_spec(dataclasses.replace(config.model.resolved(), scalar_head=False), config.adapter)
+    size = model_size(config)
     candidates = list(_candidates(config, cluster, num_gpus))
-    per_token = flops_per_token(spec, config.data.length or config.model.max_length)
-    sizes = (spec.num_parameters, spec.num_active_parameters, per_token)
-    counted, smallest, fitting = [], None, []
+    counted, smallest = [], None
     for done, candidate in enumerate(candidates):
         if done % 50 == 0:
             tell(done, len(candidates))
@@ -55,15 +52,14 @@ def search(
             continue
         needed = memory(job).total
         if needed <= MARGIN * cluster.usable_bytes:
-            counted.append(Candidate(candidate, estimate_job(job, *sizes)))
+            counted.append(Candidate(candidate, estimate_job(job, size)))
         elif not counted and (smallest is None or needed < smallest[0]):
             smallest = (needed, candidate, job)
     tell(len(candidates), len(candidates))
     # `check` is the dear part: the fastest are asked first, and no more of them than are wanted.
-    for found in sorted(counted, key=lambda c: c.estimate.time.total):
-        if len(fitting) < ENOUGH and _is_legal(found.config, num_gpus):
-            fitting.append(found)
-    least = None if fitting or smallest is None else Candidate(smallest[1], estimate_job(smallest[2], *sizes))
+    fastest = sorted(counted, key=lambda c: c.estimate.time.total)
+    fitting = list(itertools.islice((c for c in fastest if _is_legal(c.config, num_gpus)), ENOUGH))
+    least = None if fitting or smallest is None else Candidate(smallest[1], estimate_job(smallest[2], size))
     return Search(len(candidates), fitting, least)
 
 

@@ -12,11 +12,22 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxllm.layout.named import is_named
 from jaxllm.layout.schedules import Action, make_schedule
 from jaxllm.plan.clusters import GIGA, Cluster
 from jaxllm.plan.job import Job
 from jaxllm.plan.practice import CONSTANTS, Constants
-from jaxllm.plan.work import Attention, Message, Product, end_work, layer_work, stage_weights, weights
+from jaxllm.plan.work import (
+    Attention,
+    Message,
+    Product,
+    data_messages,
+    end_work,
+    layer_work,
+    most_weights,
+    stage_message,
+    weights,
+)
 
 TILE = (128, 256)  # of a matrix product's result, that one multiprocessor makes at a time
 OPTIMIZER_BYTES = 28  # a weight: gradient, weight and two moments read; weight and moments written
@@ -63,10 +74,6 @@ class StepTime(NamedTuple):
     def total(self) -> float:
         return sum(self)
 
-    @property
-    def communication(self) -> float:
-        return self.tensor + self.experts + self.context + self.stages + self.data
-
 
 def product_seconds(product: Product, job: Job, constants: Constants = CONSTANTS) -> float:
     """One matrix product."""
@@ -78,10 +85,9 @@ def product_seconds(product: Product, job: Job, constants: Constants = CONSTANTS
 
 def _filled(product: Product, multiprocessors: int) -> float:
     """The part of the tiles of the last wave, and of the last tile, that is work (NVIDIA's matmul guide)."""
-    rows, columns = math.ceil(product.m / TILE[0]), math.ceil(product.n / TILE[1])
-    waves = math.ceil(rows * columns / multiprocessors)
-    within = product.m * product.n / (rows * columns * TILE[0] * TILE[1])
-    return within * rows * columns / (waves * multiprocessors)
+    tiles = math.ceil(product.m / TILE[0]) * math.ceil(product.n / TILE[1])
+    in_waves = math.ceil(tiles / multiprocessors) * multiprocessors
+    return product.m * product.n / (in_waves * TILE[0] * TILE[1])
 
 
 def _moving(count: float, job: Job, constants: Constants) -> float:
@@ -169,7 +175,7 @@ def layer_passes(job: Job, constants: Constants = CONSTANTS) -> tuple[Pass, Pass
 
 
 def _recomputed(job: Job, forward: Pass) -> Pass:
-    products, attention, memory = dict(job.practice.recomputes)[job.layout.remat]
+    products, attention, memory = job.recomputes
     again = Pass(
         products * forward.products,
         attention * forward.attention,
@@ -178,9 +184,7 @@ def _recomputed(job: Job, forward: Pass) -> Pass:
         products * forward.experts,
         attention * forward.context,
     )
-    if job.stages > 1 and job.practice.stage_recomputes:
-        again = again.plus(forward)
-    return again
+    return again.plus(forward.times(job.stage_recomputes))
 
 
 def end_passes(job: Job, constants: Constants = CONSTANTS) -> tuple[Pass, Pass]:
@@ -220,7 +224,7 @@ def _run(job: Job, forward: Pass, backward: Pass, first: Pass, last: Pass, const
     work = busiest.times(count)
     if stages == 1:
         return work, 0.0, 0.0
-    sent = _between_stages(job, constants) * (1 - job.practice.hides_pipeline)
+    sent = message_seconds(stage_message(job), job, constants) * (1 - job.practice.hides_pipeline)
     virtual = job.layout.virtual_stages
     if job.practice.lockstep:
         ticks, exchanges = _lockstep(job, forward, backward, first, last)
@@ -233,7 +237,8 @@ def _run(job: Job, forward: Pass, backward: Pass, first: Pass, last: Pass, const
 def _lockstep(job: Job, forward: Pass, backward: Pass, first: Pass, last: Pass) -> tuple[float, int]:
     """Seconds of all ticks, each as long as its dearest action, and how many there are (layout/pipeline.py)."""
     count, stages = job.num_microbatches, job.stages
-    few = min(count, 4 * stages)  # tell what many cost: ticks in the middle repeat
+    # Few microbatches tell what many cost: ticks in the middle repeat. Of a schedule of the user's own who knows.
+    few = count if is_named(job.layout.schedule) else min(count, 4 * stages)
     times = [_ticks(job, number, forward, backward, first, last) for number in {few, min(count, few + stages)}]
     if len(times) == 1:
         return times[0]
@@ -259,47 +264,12 @@ def _ticks(job: Job, count: int, forward: Pass, backward: Pass, first: Pass, las
     return float(cost[actions, np.arange(job.stages)].max(axis=1).sum()), len(actions)
 
 
-def _between_stages(job: Job, constants: Constants) -> float:
-    """Seconds of one exchange between neighbouring stages."""
-    count = job.tokens * job.model.embed_dim * job.itemsize
-    if job.practice.scatters_stages or job.layout.sequence_parallel:
-        count /= job.tensor
-    return message_seconds(Message("between stages", "permute", "pipeline", count), job, constants)
-
-
 def _data(job: Job, run: Pass, constants: Constants) -> float:
     """Exposed seconds of ZeRO's gathers and the reduction of gradients, of the stage with most weights."""
-    held = max(stage_weights(job, stage) for stage in range(job.stages)) * job.models
-    seconds = sum(message_seconds(m, job, constants) for m in data_messages(job, held))
+    seconds = sum(message_seconds(m, job, constants) for m in data_messages(job))
     hidden = min(seconds * job.practice.hides_data, 0.9 * (run.products + run.attention + run.memory))
     return seconds - hidden
 
 
-def data_messages(job: Job, held: float) -> list[Message]:
-    """The traffic of ZeRO and data parallelism a step, for so many weights on a device (Rajbhandari et al. 2020)."""
-    zero, practice, found = job.layout.zero_stage, job.practice, []
-    gradient, weight = held * job.trained * practice.gradient_traffic, held * practice.gather_traffic
-    trained_weight = weight * job.trained
-    if job.mesh["data"] > 1:
-        if zero == 0:
-            found.append(Message("gradients", "all-reduce", "data", gradient))
-        elif zero == 1:
-            found.append(Message("gradients", "reduce-scatter", "data", gradient))
-            found.append(Message("weights", "all-gather", "data", trained_weight))
-        else:
-            times = job.num_microbatches
-            found.append(Message("gradients", "reduce-scatter", "data", gradient * times))
-            gathers = 1 if zero == 2 else 2 * times
-            found.append(Message("weights", "all-gather", "data", (weight if zero == 3 else trained_weight) * gathers))
-    if job.mesh["replica"] > 1:
-        part = gradient / (job.mesh["data"] if zero else 1)
-        found.append(Message("gradients", "all-reduce", "replica", part))
-    if job.mesh["expert"] > 1 and zero < 2:
-        dense = gradient * weights(job).layer / (weights(job).layer + weights(job).experts)
-        found.append(Message("gradients", "all-reduce", "expert", dense))
-    return found
-
-
 def _state_elements(job: Job) -> float:
-    held = max(stage_weights(job, stage) for stage in range(job.stages)) * job.models
-    return held / (job.mesh["data"] if job.layout.zero_stage else 1)
+    return most_weights(job) / (job.mesh["data"] if job.layout.zero_stage else 1)

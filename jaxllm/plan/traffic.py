@@ -11,10 +11,7 @@ from typing import NamedTuple
 from jaxllm.layout.mesh import AXES
 from jaxllm.plan.explain import CollectiveRow
 from jaxllm.plan.job import Job
-from jaxllm.plan.time import data_messages
-from jaxllm.plan.work import Message, layer_work, stage_weights
-
-OF_OPERAND = ("all-reduce",)
+from jaxllm.plan.work import Message, data_messages, layer_work, stage_message
 
 
 class AxisTraffic(NamedTuple):
@@ -69,20 +66,13 @@ def theory(job: Job) -> dict[str, float]:
         size = message.bytes / group if scattered else message.bytes
         sent[message.axis] += times * sent_bytes(message.kind, size, group)
 
-    products, attention, _ = dict(job.practice.recomputes)[job.layout.remat]
-    again = job.stages > 1 and job.practice.stage_recomputes
+    products, attention, _ = job.recomputes
     runs = max(job.stage_layers) * job.num_microbatches * job.models
     for message in layer_work(job).messages:
         repeats = attention if message.axis == "context" else products
-        add(message, runs * (2 + repeats + again))
-    held = max(stage_weights(job, stage) for stage in range(job.stages)) * job.models
-    for message in data_messages(job, held):
+        add(message, runs * (2 + repeats + job.stage_recomputes))
+    for message in data_messages(job):
         add(message, 1)
     if job.stages > 1:
-        count = job.tokens * job.model.embed_dim * job.itemsize
-        count /= job.tensor if job.layout.sequence_parallel else 1
-        add(
-            Message("between stages", "permute", "pipeline", count),
-            2 * job.num_microbatches * job.layout.virtual_stages,
-        )
+        add(stage_message(job), 2 * job.num_microbatches * job.layout.virtual_stages)
     return sent

@@ -164,3 +164,41 @@ def stage_weights(job: Job, stage: int) -> float:
     if job.stages == 1:
         return held + each.tables * each.table
     return held + each.table * (stage in (0, job.stages - 1))
+
+
+def most_weights(job: Job) -> float:
+    """`stage_weights` of the stage that has most, of all models in training."""
+    return max(stage_weights(job, stage) for stage in range(job.stages)) * job.models
+
+
+def stage_message(job: Job) -> Message:
+    """What a stage sends to the next at a time: the residual stream of a microbatch, or each device its part of it."""
+    sent = job.tokens * job.model.embed_dim * job.itemsize
+    parts = job.tensor if job.practice.scatters_stages or job.layout.sequence_parallel else 1
+    return Message("between stages", "permute", "pipeline", sent / parts)
+
+
+def data_messages(job: Job) -> list[Message]:
+    """The traffic of ZeRO and data parallelism a step, of the stage with most weights (Rajbhandari et al. 2020)."""
+    held = most_weights(job)
+    zero, practice, found = job.layout.zero_stage, job.practice, []
+    gradient, weight = held * job.trained * practice.gradient_traffic, held * practice.gather_traffic
+    trained_weight = weight * job.trained
+    if job.mesh["data"] > 1:
+        if zero == 0:
+            found.append(Message("gradients", "all-reduce", "data", gradient))
+        elif zero == 1:
+            found.append(Message("gradients", "reduce-scatter", "data", gradient))
+            found.append(Message("weights", "all-gather", "data", trained_weight))
+        else:
+            times = job.num_microbatches
+            found.append(Message("gradients", "reduce-scatter", "data", gradient * times))
+            gathers = 1 if zero == 2 else 2 * times
+            found.append(Message("weights", "all-gather", "data", (weight if zero == 3 else trained_weight) * gathers))
+    if job.mesh["replica"] > 1:
+        part = gradient / (job.mesh["data"] if zero else 1)
+        found.append(Message("gradients", "all-reduce", "replica", part))
+    if job.mesh["expert"] > 1 and zero < 2:
+        dense = gradient * weights(job).layer / (weights(job).layer + weights(job).experts)
+        found.append(Message("gradients", "all-reduce", "expert", dense))
+    return found

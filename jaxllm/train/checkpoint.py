@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxllm.errors import UserError
+from jaxllm.layout.at_rest import made_up
 from jaxllm.layout.scope import like
 from jaxllm.model.actor_critic import CRITIC, without_critic
 from jaxllm.train.checkpoint_errors import first_line, hush_orbax, tells_damage, write_failure
@@ -249,31 +250,31 @@ class Checkpoints:
 
     def _restore_state(self, step: int, abstract: TrainState, arrays: Params) -> Restored:
         run = self._read_json(step, "run")
-        own = self._read_arrays(step, "params", without_critic(abstract.own), run["parameter_hash"])
+        own = self._read_arrays(run, step, "params", without_critic(abstract.own), run["parameter_hash"])
         rest = _rest(abstract)
-        nested = self._read_arrays(step, "state", _nested(rest), None)
+        nested = self._read_arrays(run, step, "state", _nested(rest), None)
         rest = jax.tree.unflatten(jax.tree.structure(rest), [_at(nested, path) for path in _paths(rest)])
         self._check_hash(step, "train state", tree_hash(rest), run["state_hash"])
         own |= {CRITIC: rest.pop(CRITIC)} if CRITIC in rest else {}
         parts = {"params": like(own, abstract.params), "constants": like(own, abstract.constants)}
         parts |= {"frozen": {}, "reference": {}}
-        batches = self._read_arrays(step, "batches", arrays, run["arrays_hash"]) if arrays else {}
+        batches = self._read_arrays(run, step, "batches", arrays, run["arrays_hash"]) if arrays else {}
         return Restored(step, TrainState(**parts, **rest), self._read_json(step, "data"), batches, run)
 
     def _restore_params(self, step: int, abstract: Params) -> tuple[int, Params, dict[str, Any]]:
         run = self._read_json(step, "run")
-        return step, self._read_arrays(step, "params", abstract, run["parameter_hash"]), run
+        return step, self._read_arrays(run, step, "params", abstract, run["parameter_hash"]), run
 
     def _read_json(self, step: int, item: str) -> dict[str, Any]:
         args = ocp.args.Composite(**{item: ocp.args.JsonRestore()})
         return self._orbax.restore(self.directory / str(step), args=args)[item]
 
-    def _read_arrays(self, step: int, item: str, abstract: Any, saved_hash: str | None) -> Any:
+    def _read_arrays(self, run: dict[str, Any], step: int, item: str, abstract: Any, saved_hash: str | None) -> Any:
         folder = self.directory / str(step)
         metadata = self._orbax.metadata(folder).item_metadata[item]
         if metadata is None:
             raise FileNotFoundError(f"{folder / item} is missing or has no metadata")
-        num_layers = self._read_json(step, "run")["config"].get("model", {}).get("num_layers")
+        num_layers = run["config"].get("model", {}).get("num_layers")
         _check_same_arrays(folder, item, abstract, metadata.tree, num_layers)
         # Not strict: where layers were made up to a multiple of the stages (layout/at_rest.py), here or there.
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract, strict=False)})
@@ -389,26 +390,24 @@ def _check_same_arrays(folder: Path, item: str, abstract: Any, saved: Any, num_l
     """Refuses a checkpoint whose arrays have other paths, shapes or types, naming the first few.
 
     Args:
-      num_layers: those of the model that was saved; arrays of layers may be longer, here and there.
+      num_layers: those of the model that was saved; arrays of layers may be longer (layout/at_rest.py), here and there.
     """
 
-    describe = lambda leaf, shape: f"{list(shape)} {jax.numpy.dtype(leaf.dtype).name}"  # noqa: E731
+    def described(tree: Any, is_made_up: Callable[[Any], bool]) -> dict[str, str]:
+        return {path: describe(path, leaf, is_made_up) for path, leaf in _paths(tree).items()}
 
-    def saved_shape(path: str, leaf: Any) -> tuple[int, ...]:
-        # Stages are no more than layers, so fewer than as many again were made up.
-        longer = (
-            num_layers and "layers" in path.split("/") and leaf.shape and num_layers < leaf.shape[0] < 2 * num_layers
-        )
-        return (num_layers, *leaf.shape[1:]) if longer else leaf.shape
+    def describe(path: str, leaf: Any, is_made_up: Callable[[Any], bool]) -> str:
+        of_layers = num_layers and leaf.shape and "layers" in path.split("/")
+        shape = [num_layers, *leaf.shape[1:]] if of_layers and is_made_up(leaf) else list(leaf.shape)
+        return f"{shape} {jax.numpy.dtype(leaf.dtype).name}"
 
-    def wanted_shape(path: str, leaf: Any) -> tuple[int, ...]:
+    def by_stages(leaf: Any) -> bool:
         stages = getattr(getattr(leaf.sharding, "mesh", None), "shape", {}).get("pipeline", 1)
-        made_up = math.ceil((num_layers or 0) / stages) * stages
-        longer = num_layers and "layers" in path.split("/") and leaf.shape[:1] == (made_up,)
-        return (num_layers, *leaf.shape[1:]) if longer else leaf.shape
+        return leaf.shape[0] == made_up(num_layers, stages)
 
-    wanted = {path: describe(leaf, wanted_shape(path, leaf)) for path, leaf in _paths(abstract).items()}
-    found = {path: describe(leaf, saved_shape(path, leaf)) for path, leaf in _paths(saved).items()}
+    wanted = described(abstract, by_stages)
+    # Of what was saved the stages are not known. They are no more than the layers, so less than as many were added.
+    found = described(saved, lambda leaf: num_layers < leaf.shape[0] < 2 * num_layers)
     differ = [path for path in (wanted | found) if wanted.get(path) != found.get(path)]
     if not differ:
         return

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 
+from jaxllm.layout.compile_check import bytes_of_step
 from jaxllm.layout.layout import Layout
 from jaxllm.train.config import Config
 
@@ -28,12 +29,11 @@ def planned_line(expected: Expectation) -> str:
 
 def compiled_line(expected: Expectation, compiled: jax.stages.Compiled) -> str:
     """What XLA made of it."""
-    stats = compiled.memory_analysis()
-    arguments, temporaries = stats.argument_size_in_bytes, stats.temp_size_in_bytes
-    total = arguments + temporaries + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    stats, total = compiled.memory_analysis(), bytes_of_step(compiled)
+    at_rest, for_step = stats.argument_size_in_bytes / 1e9, stats.temp_size_in_bytes / 1e9
     return (
-        f"compiled: {total / 1e9:,.2f} GB a device ({arguments / 1e9:,.2f} at rest, {temporaries / 1e9:,.2f} for a "
-        f"step); planned {expected.counted_bytes / 1e9:,.2f}"
+        f"compiled: {total / 1e9:,.2f} GB a device ({at_rest:,.2f} at rest, {for_step:,.2f} for a step); "
+        f"planned {expected.counted_bytes / 1e9:,.2f}"
     )
 
 

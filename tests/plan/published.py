@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxllm.layout.config import LayoutConfig, MeshConfig
-from jaxllm.layout.mesh import mesh_shape
+from jaxllm.layout.mesh import AXES, mesh_shape
 from jaxllm.model.config import ModelConfig
 from jaxllm.plan.clusters import load_cluster
 from jaxllm.plan.job import Job
 from jaxllm.plan.practice import PRACTICES
-
-AXES = ("pipeline", "replica", "data", "expert", "context", "model")
 
 
 class Run(NamedTuple):

@@ -1,10 +1,13 @@
 """Clusters as data, the user's own among them."""
 
+import re
+
 import pytest
 
 from jaxllm.errors import UserError
 from jaxllm.layout.config import ClusterConfig, MeshConfig
 from jaxllm.plan.clusters import chosen_cluster, cluster_names, load_cluster
+from jaxllm.train.flops import PEAK_TFLOPS
 
 
 @pytest.mark.parametrize("name", cluster_names())
@@ -12,6 +15,14 @@ def test_every_cluster_of_the_table(name):
     cluster = load_cluster(name)
     assert cluster.gpus_per_node >= 1 and 0 < cluster.network_bandwidth < cluster.gpu.link_bandwidth
     assert 0.3 < cluster.gpu.matmul_efficiency < 1 and cluster.usable_bytes < cluster.gpu.memory_bytes
+
+
+@pytest.mark.parametrize("name", cluster_names())
+def test_its_peak_is_that_of_the_training_metrics(name):
+    """One figure for MFU, planned or measured (train/flops.py)."""
+    gpu = load_cluster(name).gpu
+    known = [peak for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", gpu.name)]
+    assert not known or known[0] == gpu.tflops["bfloat16"]
 
 
 def test_the_clusters_that_people_type():
