@@ -1,13 +1,28 @@
-"""The two kinds of mistakes: the user's gets one or two clear lines and exit code 2, ours gets a traceback."""
+"""What ends a command: the user's mistake gets one or two clear lines and exit code 2, ours gets a traceback.
+
+Of a run that ended with a code of 64 or more, starting the same command again may help, and a launcher does.
+"""
 
 import difflib
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
+DONE = 0
+STOPPED = 1  # for a reason that would come again: the gradient stayed non-finite, replicas differ
+MISTAKE = 2  # the user's
+CRASHED = 70  # a traceback: our mistake, or a device's or a library's failure
+PREEMPTED = 75  # a signal came and the run was saved
+LOST = 76  # another process is gone, or nothing moves any more
+RESTARTABLE = 64
+
 
 class UserError(Exception):
     """A mistake the user can mend. The message names the value, the rule and the nearest way out."""
+
+
+class Lost(Exception):
+    """What a run needs is gone by no mistake of its own: another process, a device, a file system."""
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

@@ -7,8 +7,10 @@ import importlib
 import importlib.metadata
 import os
 import sys
+import traceback
+from typing import NoReturn
 
-from jaxllm.errors import UserError, did_you_mean
+from jaxllm.errors import CRASHED, LOST, MISTAKE, Lost, UserError, did_you_mean
 from jaxllm.layout.virtual_devices import add_threads
 
 VERBS = {
@@ -42,7 +44,7 @@ The same on 8 devices, weights and optimizer state spread over four, matrices ov
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one verb. Returns the exit code: 0 done, 1 failed, 2 the user's mistake, 75 preempted after a good save."""
+    """Runs one verb. Returns the exit code, one of jaxllm/errors.py."""
     argv = sys.argv[1:] if argv is None else argv
     add_threads()
     try:
@@ -50,14 +52,43 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's last breath
         return code
     except UserError as error:
-        print(f"jaxllm: {error}", file=sys.stderr)
-        return 2
+        return _ended(str(error), MISTAKE)
+    except Lost as error:
+        return _ended(str(error), LOST)
     except KeyboardInterrupt:
         print("jaxllm: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `jaxllm generate … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception as error:
+        traceback.print_exc()
+        return _ended(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", CRASHED)
+
+
+def _ended(message: str, code: int) -> int:
+    """Says why, with the process's number where there are several; then this one does not wait for the others."""
+    process = _process()
+    print(f"jaxllm: {message}" if process is None else f"jaxllm: process {process}: {message}", file=sys.stderr)
+    if process is not None:
+        _leave(code)
+    return code
+
+
+def _process() -> int | None:
+    """The number of this process, where it has joined others."""
+    if "jax" not in sys.modules:
+        return None
+    import jax
+
+    return jax.process_index() if jax.distributed.is_initialized() else None
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends at once: on its way out Python would wait a minute for all other processes to end too."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -15,13 +15,14 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from jaxllm.data.batch import Batch, PairBatch, row_random
 from jaxllm.data.packing import Packing, Span, empty_row, fill_row
 from jaxllm.data.shards import TokenStream
 from jaxllm.errors import UserError
+from jaxllm.layout.mesh import in_order
 
 READ_THREADS = 2  # of the host, that read and pack rows
 HOST_BATCHES = 4  # read ahead
@@ -165,6 +166,32 @@ class LocalBatches(grain.MapDataset[Any]):
         return jax.tree.map(lambda *leaves: np.stack(leaves), *(self._rows[start + row] for row in self._local))
 
 
+def read_sharding(sharding: NamedSharding, shape: tuple[int, int]) -> NamedSharding:
+    """How processes share out the reading of a [batch, length] array that is to lie as `sharding` says.
+
+    Where several processes need the same rows (of a pipeline's stages each does), each reads a part of them, and the
+    devices hand them on: so no row is read by two processes, as far as the devices divide the batch.
+    """
+    local_rows(sharding, shape)  # says what does not divide
+    processes = {device.process_index for device in sharding.mesh.devices.flat}
+    of_batch = sharding.spec[0] or ()
+    of_batch = (of_batch,) if isinstance(of_batch, str) else tuple(of_batch)
+    every_axis = (*of_batch, *(axis for axis in sharding.mesh.axis_names if axis not in of_batch))
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec(every_axis))
+    if len(processes) == 1 or shape[0] % sharding.mesh.size or _reads_once(sharding, shape):
+        return sharding
+    return everywhere
+
+
+def _reads_once(sharding: NamedSharding, shape: tuple[int, int]) -> bool:
+    """Whether no two processes hold the same row."""
+    holders: dict[tuple[int, int, int], int] = {}
+    for device, index in sharding.devices_indices_map(shape).items():
+        if holders.setdefault(index[0].indices(shape[0]), device.process_index) != device.process_index:
+            return False
+    return True
+
+
 def local_rows(sharding: NamedSharding, shape: tuple[int, int]) -> Int[np.ndarray, " rows"]:
     """The rows of a [batch, length] array that devices of this process hold any part of, increasing.
 
@@ -206,11 +233,13 @@ class DeviceBatches(Iterator[Any]):
         first: int = 0,
         batches: int = sys.maxsize,
     ):
-        self._sharding, self._shape = sharding, (batch_size, length)
-        local = local_rows(sharding, self._shape)
+        shape = (batch_size, length)
+        read = read_sharding(sharding, shape)
+        local = local_rows(read, shape)
         host = LocalBatches(rows, batch_size, local.tolist(), first=first, batches=batches)
         options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=HOST_BATCHES)
-        placed = host.to_iter_dataset(options).map(functools.partial(_to_devices, sharding, self._shape, local))
+        placed = host.to_iter_dataset(options).map(functools.partial(_to_devices, read, shape, local))
+        self._spread = None if read == sharding else jax.jit(lambda batch: batch, out_shardings=sharding)
         ahead = grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=DEVICE_BATCHES)
         self._reading = [iter(ahead)]
         # Also at exit, and the reference goes with it: grain's own destructor fails once modules are torn down.
@@ -219,7 +248,9 @@ class DeviceBatches(Iterator[Any]):
     def __next__(self) -> Any:
         if not self._reading:
             raise StopIteration
-        return next(self._reading[0])
+        batch = next(self._reading[0])
+        # Here, not in the thread that reads: all processes must give their devices the same programs in one order.
+        return batch if self._spread is None else in_order(self._spread(batch))
 
 
 def _stop(reading: list[grain.DatasetIterator[Any]]) -> None:

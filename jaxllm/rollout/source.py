@@ -60,6 +60,7 @@ class RolloutSource:
     def __init__(self, setting: Setting):
         """Raises a UserError for what is wrong with prompts, rewards and config."""
         config, self._say, self._workdir = setting.config, setting.say, setting.workdir
+        self._alive = setting.alive
         self._config, self._group = config, getattr(config, config.train_step)
         self.length = config.data.length or config.model.max_length
         self._functions = parse_rewards(config.rollout.rewards)
@@ -156,7 +157,9 @@ class RolloutSource:
         rollout, position = self._config.rollout, self._at.prompts
         prompts = [self._prompts.at(position + i, self._config.seed) for i in range(rollout.prompts)]
         asked = [prompt for prompt in prompts for _ in range(rollout.samples)]
+        self._alive("writing answers")
         written = self._writer.write(state, asked, seed=[self._config.seed, self._at.rollouts])
+        self._alive("judging answers")
         rows = make_rows(asked, written.answers, self.length, self.tokenizer.pad_id or 0)
         batch, judged = self._judged(state, rows)
         verdict = judge_answers(rollout, self._functions, asked, written, np.asarray(judged.scores))

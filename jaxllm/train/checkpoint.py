@@ -3,7 +3,8 @@
 A folder with a number for a name is a whole checkpoint; whatever was cut short has another name. It holds four items:
 `params` and `state` (the rest of the train state) as arrays, `data` (the state of the data iterator) and `run` (config,
 versions, metrics, hashes) as JSON; where the model itself writes what it learns from, that is in `batches`. The arrays
-have one canonical form, so any layout restores what any other wrote.
+have one canonical form, so any layout restores what any other wrote. Whether it can be saved, and what can be restored,
+all processes of a run agree on.
 """
 
 import contextlib
@@ -17,20 +18,29 @@ from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 
 from jaxllm.errors import UserError
-from jaxllm.layout.at_rest import made_up
 from jaxllm.layout.scope import like
 from jaxllm.model.actor_critic import CRITIC, without_critic
 from jaxllm.train.checkpoint_errors import first_line, hush_orbax, tells_damage, write_failure
+from jaxllm.train.checkpoint_files import damage_of, list_files
+from jaxllm.train.checkpoint_items import at_path, check_same_arrays, handlers, nested, paths_of, rest_of
+from jaxllm.train.roll_call import any_process
+from jaxllm.train.save import CalledOff, Save
 from jaxllm.train.state import Params, TrainState
 from jaxllm.train.tree_hash import tree_hash
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # of one that Orbax is writing, or was when it was killed
 REMOVED = ".removed"  # suffix of a checkpoint on its way out
 DAMAGED = ".damaged"  # suffix of one that could not be read
+FORGOTTEN = ".rolled_back"  # suffix of one that the run went back behind
 VERSIONED = ("jax", "flax", "optax", "orbax-checkpoint")
+
+
+class SaveFailed(UserError):
+    """A checkpoint could not be written, for no mistake of the run's."""
 
 
 class Restored(NamedTuple):
@@ -64,10 +74,10 @@ class Checkpoints:
         bytes_in_flight: int = 96 * 10**9,
     ):
         self.directory, self.keep, self.keep_best, self.say = Path(directory).absolute(), keep, keep_best, say
-        handlers = ocp.CompositeCheckpointHandler(handler_registry=_handlers(bytes_in_flight))
-        self._orbax = ocp.AsyncCheckpointer(handlers)
+        self._handler = handlers(bytes_in_flight)
         hush_orbax()
-        self._saving: int | None = None
+        self._save: Save | None = None
+        self._saves = 0
         self._removal: threading.Thread | None = None
 
     def __enter__(self) -> "Checkpoints":
@@ -104,7 +114,7 @@ class Checkpoints:
         Waits for the save before. Older checkpoints go when a newer one is on disk, never earlier.
 
         Raises:
-          UserError: the disk is full or not writable (now, or during the save before).
+          SaveFailed: the disk is full, not writable or fails (now, or during the save before).
         """
         self.wait()
         step = int(state.step)
@@ -116,19 +126,17 @@ class Checkpoints:
             "base": dict((identities or {}).get("base", {})),
             "reference": dict((identities or {}).get("reference", {})),
             "arrays_hash": tree_hash(arrays) if arrays else "",
-            "state_hash": tree_hash(_rest(state)),
+            "state_hash": tree_hash(rest_of(state)),
         }
-        self._saving = step
         items = {
             "params": ocp.args.StandardSave(without_critic(state.own)),
-            "state": ocp.args.StandardSave(_nested(_rest(state))),
+            "state": ocp.args.StandardSave(nested(rest_of(state))),
             "data": ocp.args.JsonSave(dict(data)),
             "run": ocp.args.JsonSave(run),
         }
         if arrays:
             items["batches"] = ocp.args.StandardSave(arrays)
-        args = ocp.args.Composite(**items)
-        self._guard(lambda: self._orbax.save(self.directory / str(step), args=args))
+        self._start(step, items)
 
     def save_params(self, params: Params, config: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> str:
         """Saves parameters that were not trained here as step 0, without a train state, and waits for it.
@@ -140,7 +148,7 @@ class Checkpoints:
           The parameters' hash.
 
         Raises:
-          UserError: the disk is full or not writable.
+          SaveFailed: the disk is full or not writable.
         """
         run = {
             "config": dict(config),
@@ -149,29 +157,47 @@ class Checkpoints:
             "parameter_hash": tree_hash(params),
             "base": dict(base or {}),
         }
-        self._saving = 0
-        args = ocp.args.Composite(params=ocp.args.StandardSave(params), run=ocp.args.JsonSave(run))
-        self._guard(lambda: self._orbax.save(self.directory / "0", args=args))
+        self._start(0, {"params": ocp.args.StandardSave(params), "run": ocp.args.JsonSave(run)})
         self.wait()
         return run["parameter_hash"]
 
-    def wait(self) -> None:
+    @property
+    def save_failed(self) -> bool:
+        """Whether this process knows that the save under way fails. `wait` in all processes ends it."""
+        return self._save is not None and self._save.failed
+
+    @property
+    def save_under_way(self) -> bool:
+        """Whether a save was started and not yet waited for."""
+        return self._save is not None
+
+    def wait(self) -> float | None:
         """Waits until the save under way is committed, then removes the checkpoints that are no longer kept.
 
+        Returns:
+          The seconds it took from its start to its commit; None where none was under way.
+
         Raises:
-          UserError: the disk is full or not writable.
+          SaveFailed: the disk is full, not writable or fails.
         """
-        self._guard(self._orbax.wait_until_finished)
-        if self._saving is not None:
-            self._saving = None
-            self._remove_old()
+        if self._save is None:
+            return None
+        save, self._save = self._save, None
+        try:
+            save.wait()
+        except Exception as error:
+            self._remove_unfinished(save.folder)
+            raise self._failure(save.folder.name, error) from error
+        finally:
+            save.close()
+        self._remove_old()
+        return save.seconds
 
     def close(self) -> None:
         """Waits for the save and the removals under way."""
         self.wait()
         if self._removal:
             self._removal.join()
-        self._orbax.close()
 
     def clean_up(self) -> None:
         """Removes what an interrupted save or removal left behind. Only for the run that writes here."""
@@ -179,6 +205,38 @@ class Checkpoints:
             for path in [*self.directory.glob(f"*{UNFINISHED}*"), *self.directory.glob(f"*{REMOVED}")]:
                 shutil.rmtree(path, ignore_errors=True)
         _barrier("clean_up")
+
+    def forget_after(self, step: int) -> None:
+        """Sets aside the checkpoints of later steps, where there are earlier ones."""
+        steps = self.steps()
+        later = [s for s in steps if s > step]
+        if len(later) < len(steps):
+            self._set_aside(later, FORGOTTEN)
+
+    def _start(self, step: int, items: Mapping[str, Any]) -> None:
+        folder = self.directory / str(step)
+        self._save = Save(self._handler, folder, self._saves, finished=lambda: _list_if_possible(folder))
+        self._saves += 1
+        self._save.start(items)
+        if jax.process_count() == 1 and self.save_failed:
+            self.wait()
+
+    def _remove_unfinished(self, folder: Path) -> None:
+        if jax.process_index() == 0 and self.directory.is_dir():
+            for path in self.directory.glob(f"{folder.name}{UNFINISHED}*"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _failure(self, step: str, error: Exception) -> Exception:
+        """What to raise where a save failed: an error that is none of the disk's stays what it is."""
+        reason = str(error) if isinstance(error, CalledOff) else write_failure(error)
+        if reason is None:
+            return error
+        whole = self.steps()
+        way_out = f"The checkpoint of step {whole[-1]} is whole: free space" if whole else "Free space"
+        return SaveFailed(
+            f"The checkpoint of step {step} could not be written to {self.directory}: {reason}.\n"
+            f"{way_out} and run the same command again to go on."
+        )
 
     def newest_run(self) -> dict[str, Any] | None:
         """The JSON of the newest checkpoint where it can be read: config, versions, metrics, hashes."""
@@ -199,8 +257,23 @@ class Checkpoints:
         Raises:
           UserError: none can be read, one of another model, or arrays that differ from those saved.
         """
-        read = lambda step: self._restore_state(step, abstract, arrays or {})  # noqa: E731
-        return self._newest(read, set_aside=True, steps=self.steps())
+
+        def read(step: int) -> _Read:
+            run = self._read_json(step, "run")
+            own = self._read_arrays(run, step, "params", without_critic(abstract.own))
+            rest = rest_of(abstract)
+            held = self._read_arrays(run, step, "state", nested(rest))
+            rest = jax.tree.unflatten(jax.tree.structure(rest), [at_path(held, path) for path in paths_of(rest)])
+            batches = self._read_arrays(run, step, "batches", arrays) if arrays else {}
+            hashed = [("parameters", own, "parameter_hash"), ("train state", dict(rest), "state_hash")]
+            hashed += [("batches", batches, "arrays_hash")] if arrays else []
+            own = own | ({CRITIC: rest.pop(CRITIC)} if CRITIC in rest else {})
+            parts = {"params": like(own, abstract.params), "constants": like(own, abstract.constants)}
+            parts |= {"frozen": {}, "reference": {}}
+            data = self._read_json(step, "data")
+            return _Read(run, hashed, Restored(step, TrainState(**parts, **rest), data, batches, run))
+
+        return self._newest(read, self.steps(), set_aside=True)
 
     def restore_params(self, abstract: Params, step: int | None = None) -> tuple[int, Params, dict[str, Any]] | None:
         """(step, parameters, JSON of the run) of the newest checkpoint that can be read; changes nothing on disk.
@@ -211,8 +284,13 @@ class Checkpoints:
         Raises:
           UserError: as `restore`.
         """
-        steps = self.steps() if step is None else [step]
-        return self._newest(lambda step: self._restore_params(step, abstract), set_aside=False, steps=steps)
+
+        def read(step: int) -> _Read:
+            run = self._read_json(step, "run")
+            params = self._read_arrays(run, step, "params", abstract)
+            return _Read(run, [("parameters", params, "parameter_hash")], (step, params, run))
+
+        return self._newest(read, self.steps() if step is None else [step], set_aside=False)
 
     def step_with(self, parameter_hash: str) -> int | None:
         """The step of the newest checkpoint with these parameters."""
@@ -222,25 +300,19 @@ class Checkpoints:
                     return step
         return None
 
-    def _newest(self, read: Callable[[int], Any], set_aside: bool, steps: list[int]) -> Any:
-        """What `read` makes of the newest of these checkpoints that it can read; None where there are none."""
+    def _newest(self, read: Callable[[int], "_Read"], steps: list[int], set_aside: bool) -> Any:
+        """What `read` makes of the newest of these checkpoints that is whole; None where there are none."""
         for step in reversed(steps):
-            try:
-                found = read(step)
-            except PermissionError as error:
-                raise UserError(f"The checkpoint {self.directory / str(step)} may not be read: {error}.") from None
-            except Exception as error:
-                if not tells_damage(error):
-                    raise
-                earlier = [s for s in steps if s < step]
-                self.say(
-                    f"The checkpoint of step {step} is damaged and skipped ({first_line(error)})."
-                    + (f" Trying the one before it, of step {earlier[-1]}." if earlier else "")
-                )
-            else:
+            found, damage = self._whole(read, step)
+            if found is not None:
                 if set_aside:  # only now that a good one is found: what hinders all of them is no damage
-                    self._set_aside([s for s in steps if s > step])
-                return found
+                    self._set_aside([s for s in steps if s > step], DAMAGED)
+                return found.value
+            earlier = [s for s in steps if s < step]
+            self.say(
+                f"The checkpoint of step {step} is damaged and skipped ({damage})."
+                + (f" Trying the one before it, of step {earlier[-1]}." if earlier else "")
+            )
         if steps:
             raise UserError(
                 f"None of the {len(steps)} checkpoints in {self.directory} can be read. "
@@ -248,61 +320,45 @@ class Checkpoints:
             )
         return None
 
-    def _restore_state(self, step: int, abstract: TrainState, arrays: Params) -> Restored:
-        run = self._read_json(step, "run")
-        own = self._read_arrays(run, step, "params", without_critic(abstract.own), run["parameter_hash"])
-        rest = _rest(abstract)
-        nested = self._read_arrays(run, step, "state", _nested(rest), None)
-        rest = jax.tree.unflatten(jax.tree.structure(rest), [_at(nested, path) for path in _paths(rest)])
-        self._check_hash(step, "train state", tree_hash(rest), run["state_hash"])
-        own |= {CRITIC: rest.pop(CRITIC)} if CRITIC in rest else {}
-        parts = {"params": like(own, abstract.params), "constants": like(own, abstract.constants)}
-        parts |= {"frozen": {}, "reference": {}}
-        batches = self._read_arrays(run, step, "batches", arrays, run["arrays_hash"]) if arrays else {}
-        return Restored(step, TrainState(**parts, **rest), self._read_json(step, "data"), batches, run)
-
-    def _restore_params(self, step: int, abstract: Params) -> tuple[int, Params, dict[str, Any]]:
-        run = self._read_json(step, "run")
-        return step, self._read_arrays(run, step, "params", abstract, run["parameter_hash"]), run
+    def _whole(self, read: Callable[[int], "_Read"], step: int) -> tuple["_Read | None", str]:
+        """A checkpoint, or None and what is wrong with it: in all processes, where it is wrong for one."""
+        folder, found = self.directory / str(step), None
+        damage = damage_of(folder) if jax.process_index() == 0 else None
+        if not any_process(damage is not None):
+            try:
+                found = read(step)
+            except PermissionError as error:
+                raise UserError(f"The checkpoint {folder} may not be read: {error}.") from None
+            except Exception as error:
+                if not tells_damage(error):
+                    raise
+                damage = first_line(error)
+        if any_process(damage is not None):
+            return None, damage or "as another process found"
+        for what, tree, name in found.hashed:
+            now, then = tree_hash(tree), found.run[name]
+            if now != then:
+                return None, f"the {what} have the hash {now}, but {then} was taken at the save"
+        return found, ""
 
     def _read_json(self, step: int, item: str) -> dict[str, Any]:
         args = ocp.args.Composite(**{item: ocp.args.JsonRestore()})
-        return self._orbax.restore(self.directory / str(step), args=args)[item]
+        return self._handler.restore(self._path(step), args=args)[item]
 
-    def _read_arrays(self, run: dict[str, Any], step: int, item: str, abstract: Any, saved_hash: str | None) -> Any:
-        folder = self.directory / str(step)
-        metadata = self._orbax.metadata(folder).item_metadata[item]
+    def _read_arrays(self, run: dict[str, Any], step: int, item: str, abstract: Any) -> Any:
+        folder = self._path(step)
+        metadata = self._handler.metadata(folder).item_metadata[item]
         if metadata is None:
             raise FileNotFoundError(f"{folder / item} is missing or has no metadata")
         num_layers = run["config"].get("model", {}).get("num_layers")
-        _check_same_arrays(folder, item, abstract, metadata.tree, num_layers)
+        check_same_arrays(folder, item, abstract, metadata.tree, num_layers)
         # Not strict: where layers were made up to a multiple of the stages (layout/at_rest.py), here or there.
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract, strict=False)})
-        arrays = self._orbax.restore(folder, args=args)[item]
-        if saved_hash:
-            self._check_hash(step, "parameters", tree_hash(arrays), saved_hash)
-        return arrays
+        # By the handler itself: Orbax's checkpointer would wait here for processes that could not read their part.
+        return self._handler.restore(folder, args=args)[item]
 
-    def _check_hash(self, step: int, what: str, found: str, saved: str) -> None:
-        if found != saved:
-            raise UserError(
-                f"The {what} in {self.directory / str(step)} have the hash {found}, but {saved} was taken at the save: "
-                "the files were changed or corrupted. Remove that folder to go on from the checkpoint before it."
-            )
-
-    def _guard(self, write: Callable[[], None]) -> None:
-        try:
-            write()
-        except Exception as error:
-            reason = write_failure(error)
-            if reason is None:
-                raise
-            whole = self.steps()
-            way_out = f"The checkpoint of step {whole[-1]} is whole: free space" if whole else "Free space"
-            raise UserError(
-                f"The checkpoint of step {self._saving} could not be written to {self.directory}: {reason}.\n"
-                f"{way_out} and run the same command again to go on."
-            ) from error
+    def _path(self, step: int) -> epath.Path:
+        return epath.Path(self.directory / str(step))
 
     def _remove_old(self) -> None:
         """Renames what is not kept, so that a number always names a whole one, and removes it in a thread."""
@@ -330,95 +386,29 @@ class Checkpoints:
             return math.inf
         return loss if math.isfinite(loss) else math.inf
 
-    def _set_aside(self, steps: list[int]) -> None:
+    def _set_aside(self, steps: list[int], suffix: str) -> None:
         for step in steps if jax.process_index() == 0 else []:
-            target = self.directory / f"{step}{DAMAGED}"
+            target = self.directory / f"{step}{suffix}"
             shutil.rmtree(target, ignore_errors=True)
             (self.directory / str(step)).rename(target)
         _barrier("set_aside")
 
 
-def _handlers(bytes_in_flight: int) -> ocp.handlers.CheckpointHandlerRegistry:
-    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    for item in ("params", "state", "batches"):
-        arrays = ocp.StandardCheckpointHandler(save_concurrent_gb=bytes_in_flight / 10**9)
-        registry.add(item, ocp.args.StandardSave, arrays)
-        registry.add(item, ocp.args.StandardRestore, arrays)
-    for item in ("data", "run"):
-        text = ocp.JsonCheckpointHandler()
-        registry.add(item, ocp.args.JsonSave, text)
-        registry.add(item, ocp.args.JsonRestore, text)
-    return registry
+class _Read(NamedTuple):
+    """What was read of a checkpoint, not yet held against its hashes."""
+
+    run: dict[str, Any]
+    hashed: list[tuple[str, Any, str]]  # of what, the arrays, the name of their hash in `run`
+    value: Any
+
+
+def _list_if_possible(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        list_files(folder)
 
 
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in VERSIONED}
-
-
-def _rest(state: TrainState) -> dict[str, Any]:
-    """The train state without the parameters of the model; with a critic's, which no use of the model needs."""
-    parameters = ("params", "constants", "frozen", "reference")
-    rest = {name: getattr(state, name) for name in TrainState._fields if name not in parameters}
-    return rest | {name: value for name, value in state.own.items() if name == CRITIC}
-
-
-def _paths(tree: Any) -> dict[str, Any]:
-    """The leaves by path, names and indices joined by slashes: "optimizer/0/mu/head/kernel"."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _nested(tree: Any) -> dict[str, Any]:
-    """The same leaves in dictionaries only, so that what is written does not depend on the classes of the tree."""
-    nested: dict[str, Any] = {}
-    for path, leaf in _paths(tree).items():
-        *folders, name = path.split("/")
-        at = nested
-        for folder in folders:
-            at = at.setdefault(folder, {})
-        at[name] = leaf
-    return nested
-
-
-def _at(nested: Mapping[str, Any], path: str) -> Any:
-    for name in path.split("/"):
-        nested = nested[name]
-    return nested
-
-
-def _check_same_arrays(folder: Path, item: str, abstract: Any, saved: Any, num_layers: int | None) -> None:
-    """Refuses a checkpoint whose arrays have other paths, shapes or types, naming the first few.
-
-    Args:
-      num_layers: those of the model that was saved; arrays of layers may be longer (layout/at_rest.py), here and there.
-    """
-
-    def described(tree: Any, is_made_up: Callable[[Any], bool]) -> dict[str, str]:
-        return {path: describe(path, leaf, is_made_up) for path, leaf in _paths(tree).items()}
-
-    def describe(path: str, leaf: Any, is_made_up: Callable[[Any], bool]) -> str:
-        of_layers = num_layers and leaf.shape and "layers" in path.split("/")
-        shape = [num_layers, *leaf.shape[1:]] if of_layers and is_made_up(leaf) else list(leaf.shape)
-        return f"{shape} {jax.numpy.dtype(leaf.dtype).name}"
-
-    def by_stages(leaf: Any) -> bool:
-        stages = getattr(getattr(leaf.sharding, "mesh", None), "shape", {}).get("pipeline", 1)
-        return leaf.shape[0] == made_up(num_layers, stages)
-
-    wanted = described(abstract, by_stages)
-    # Of what was saved the stages are not known. They are no more than the layers, so less than as many were added.
-    found = described(saved, lambda leaf: num_layers < leaf.shape[0] < 2 * num_layers)
-    differ = [path for path in (wanted | found) if wanted.get(path) != found.get(path)]
-    if not differ:
-        return
-    lines = [
-        f"  {path}: {found.get(path, 'absent')} in the checkpoint, {wanted.get(path, 'absent')} in this run"
-        for path in differ[:3]
-    ]
-    more = [f"  and {len(differ) - 3} more"] if len(differ) > 3 else []
-    what, group = ("model", "model") if item == "params" else ("optimizer", "optimizer")
-    way_out = f"Use the config.{group} of that run, or another --workdir."
-    raise UserError("\n".join([f"{folder} is a checkpoint of another {what}. {way_out}", *lines, *more]))
 
 
 def _barrier(name: str) -> None:

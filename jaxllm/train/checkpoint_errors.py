@@ -3,11 +3,15 @@
 import errno
 import logging
 import sys
+import warnings
 from typing import Any
+
+# What TensorStore and object stores say of a storage that fails for a while.
+_STORAGE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "Input/output error", "Stale file handle")
 
 
 def write_failure(error: BaseException) -> str | None:
-    """Why the disk took no more, where that was the reason."""
+    """Why the storage took no more, where that was the reason."""
     seen: BaseException | None = error
     while seen is not None:
         number = getattr(seen, "errno", None)
@@ -15,6 +19,8 @@ def write_failure(error: BaseException) -> str | None:
             return "no space left on the disk"
         if number in (errno.EACCES, errno.EPERM, errno.EROFS):
             return f"the folder is not writable: {seen}"
+        if number is not None or isinstance(seen, TimeoutError) or any(word in str(seen) for word in _STORAGE):
+            return first_line(seen)
         seen = seen.__cause__ or seen.__context__
     return None
 
@@ -28,13 +34,14 @@ def tells_damage(error: Exception) -> bool:
 def hush_orbax() -> None:
     """Keeps Orbax's own log off the terminal: what fails is raised, once.
 
-    It logs through absl, with tracebacks; after one failed read or write asyncio tells of every task beside it, and
-    TensorStore reports to an event loop that is closed.
+    It logs through absl, with tracebacks; after one failed read or write asyncio tells of every task beside it, Python
+    of those never begun, and TensorStore reports to an event loop that is closed.
     """
     for name in ("absl", "asyncio"):
         logger = logging.getLogger(name)
         if _is_news not in logger.filters:
             logger.addFilter(_is_news)
+    warnings.filterwarnings("ignore", message=r"coroutine '.*' was never awaited", category=RuntimeWarning)
     previous = sys.unraisablehook
     if getattr(previous, "__name__", "") == "without_closed_loops":
         return
@@ -51,6 +58,6 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not of_orbax
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     text = str(error).strip().split("\n")[0]
     return f"{type(error).__name__}: {text[:160]}"

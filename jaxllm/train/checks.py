@@ -47,6 +47,7 @@ CHOICES = {
     "data.packing": ("concat", "best_fit", "none"),
     "data.supervise": SUPERVISE,
     "data.truncation": TRUNCATION,
+    "train.spike": ("log", "skip", "rollback"),
 }
 _AT_LEAST = {
     "model.num_layers": 1,
@@ -83,6 +84,11 @@ _AT_LEAST = {
     "train.keep": 1,
     "train.keep_best": 0,
     "train.max_nonfinite": 0,
+    "train.spike_window": 2,
+    "train.spike_steps": 1,
+    "train.audit_every": 0,
+    "train.hang_timeout": 0,
+    "train.max_unsaved_minutes": 0,
     "train.profile_start": -1,
     "train.profile_steps": 1,
 }
@@ -97,6 +103,7 @@ _ABOVE_ZERO = (
     "model.norm_epsilon",
     "model.init_std",
     "adapter.alpha",
+    "train.spike_z",
 )
 
 # name: (rule, what it says)
@@ -117,6 +124,11 @@ def check(config: Config, num_devices: int) -> None:
     """
     check_for_use(config, num_devices)
     _check_step(config)
+    if config.train.spike == "rollback" and STEPS[config.train_step].draws:
+        raise UserError(
+            f"config.train.spike=rollback leaves out data that is read, and {config.train_step} writes its own. "
+            "Use log or skip."
+        )
     check_adapter(config)
     check_alignment(config)
     check_packing(config.data, STEPS[config.train_step].batch)

@@ -60,7 +60,15 @@ class TrainConfig:
     checkpoint_every: int = 200  # 0: only at the end
     keep: int = 2  # newest checkpoints to keep
     keep_best: int = 1  # and those of the lowest eval_loss
-    max_nonfinite: int = 10  # steps on end with a non-finite gradient (skipped, counted); one more ends the run
+    max_nonfinite: int = 10  # steps on end without an update, as their gradient was not finite; one more ends the run
+    spike: str = "log"  # of loss or gradient: log it | skip: no update | rollback: to a checkpoint, without that data
+    spike_z: float = 7.0  # a spike is so many standard deviations above the mean ...
+    spike_window: int = 128  # ... of the steps before
+    spike_steps: int = 3  # rollback: after so many spikes on end
+    audit_every: int = 1_000  # steps from one check that replicas are equal to the next; 0: never
+    hang_timeout: float = 600.0  # seconds in which nothing moves, then the process ends with code 76; 0: never
+    wandb_project: str = ""  # Weights & Biases (pip install wandb); "": nothing is sent anywhere
+    max_unsaved_minutes: float = 60.0  # a run whose saves fail goes on for so long
     profile_start: int = -1  # step of the first traced step; -1: no trace
     profile_steps: int = 3
 

@@ -1,7 +1,7 @@
 """What the planner expects of a run, beside what the devices then really do (the planner is a floor above this one)."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -37,11 +37,15 @@ def compiled_line(expected: Expectation, compiled: jax.stages.Compiled) -> str:
     )
 
 
-def measured_line(expected: Expectation, record: Mapping[str, float], tokens_a_step: int) -> str | None:
-    """After the first logged steps, of the first device here; None where there is nothing to compare."""
+def measured(expected: Expectation, record: Mapping[str, float], tokens_a_step: int) -> dict[str, Any]:
+    """After the first logged steps, of the first device here: {"message", "bytes", "seconds"}, as far as known."""
     peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    parts = [] if peak is None else [f"{peak / 1e9:,.2f} GB at most (planned {expected.counted_bytes / 1e9:,.2f})"]
+    parts, found = [], {}
+    if peak is not None:
+        parts.append(f"{peak / 1e9:,.2f} GB at most (planned {expected.counted_bytes / 1e9:,.2f})")
+        found["bytes"] = peak
     rate = record.get("tokens_per_second")
-    if expected.seconds is not None and rate:
+    if rate and expected.seconds is not None:
         parts.append(f"{tokens_a_step / rate:.3g} s a step (planned {expected.seconds:.3g})")
-    return f"measured: {', '.join(parts)}" if parts else None
+        found["seconds"] = tokens_a_step / rate
+    return found | {"message": f"measured: {', '.join(parts)}"} if parts else {}

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -11,9 +10,11 @@ from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from tensorboardX import SummaryWriter
 
-TIMES = ("tokens_per_second", "mfu", "seconds_per_step")  # all else is the same in every repetition of a run
+from jaxllm.train.sinks import JsonLines, Sink, TensorBoard, WeightsAndBiases
+
+# What is not the same in every repetition of a run.
+TIMES = ("tokens_per_second", "mfu", "seconds_per_step", "time", "data_wait", "host_seconds", "slowest_process")
 
 
 class MetricsWriter:
@@ -23,32 +24,35 @@ class MetricsWriter:
       workdir: the run's folder.
       restored_step: the step a resumed run goes on from. Later lines, and one cut short, are removed, so that the file
         reads like that of a run never interrupted.
+      wandb_project: also to Weights & Biases; "": not.
     """
 
-    def __init__(self, workdir: Path, restored_step: int = 0):
+    def __init__(self, workdir: Path, restored_step: int = 0, wandb_project: str = ""):
         path = workdir / "metrics.jsonl"
         _truncate_after(path, restored_step)
-        self._file = path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=restored_step + 1)
+        self._sinks: list[Sink] = [JsonLines(path), TensorBoard(workdir / "tensorboard", restored_step)]
+        if wandb_project:
+            self._sinks.append(WeightsAndBiases(wandb_project, workdir))
 
     def write(self, record: Mapping[str, float | int | str | None]) -> None:
         """Appends a record, which holds its `step`. Numbers that are not finite become null."""
         plain = {name: _finite(value) for name, value in record.items() if value is not None}
-        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
-        self._file.flush()
-        for name, value in plain.items():
-            if name != "step" and isinstance(value, (int, float)):
-                self._tensorboard.add_scalar(name, value, plain["step"])
+        for sink in self._sinks:
+            sink.write(plain)
 
     def sync(self) -> None:
-        """Puts the lines on disk. A checkpoint must not be there before the lines up to its step."""
-        os.fsync(self._file.fileno())
-        self._tensorboard.flush()
+        """Puts the lines on disk. A checkpoint must not be there before the lines up to its step.
+
+        Raises:
+          OSError: they could not be written.
+        """
+        for sink in self._sinks:
+            sink.sync()
 
     def close(self) -> None:
-        """Closes both files."""
-        self._file.close()
-        self._tensorboard.close()
+        """Closes the files."""
+        for sink in self._sinks:
+            sink.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float | int | str | None]]:

@@ -4,15 +4,11 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class PreemptionNotice:
-    """Inside `with`, remembers that one of `SIGNALS` came instead of dying of it."""
+    """Inside `with`, remembers that one of `SIGNALS` came to this process instead of dying of it."""
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -29,9 +25,3 @@ class PreemptionNotice:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
-
-    def agreed(self) -> bool:
-        """Whether any process has received one: the same answer in all of them, which must all ask at the same step."""
-        if jax.process_count() == 1:
-            return self.received is not None
-        return bool(multihost_utils.process_allgather(np.array(self.received is not None)).any())

@@ -33,6 +33,7 @@ class Setting(NamedTuple):
     workdir: Path
     say: Callable[[str], None]
     progress: bool
+    alive: Callable[[str], None] = lambda doing: None  # to be told that work goes on, and which
 
 
 class Source(Protocol):
@@ -92,7 +93,7 @@ class DatasetSource:
 
     def __init__(self, setting: Setting):
         """Raises a UserError for what is wrong with data and config."""
-        self._config, self._workdir = setting.config, setting.workdir
+        self._config, self._workdir, self._alive = setting.config, setting.workdir, setting.alive
         config = setting.config
         self.length = config.data.length or config.model.max_length
         kind = STEPS[config.train_step].batch
@@ -162,6 +163,7 @@ class DatasetSource:
                 waiting.append(in_order(self._eval_step(state, self._referred(batch))))
                 if len(waiting) > 1:  # one in work, one dispatched
                     sums.append(_in_float64(waiting.pop(0)))
+                    self._alive("evaluating")
         sums += map(_in_float64, waiting)
         result = jax.tree.map(lambda *parts: np.sum(parts), *sums)
         loss = float(result.total / result.weight)

@@ -35,7 +35,7 @@ class TrainState(NamedTuple):
     # float32 master weights of what is trained; those of the layers stacked as [layers, …] (layout/at_rest.py)
     params: Params
     optimizer: Any  # optax state; moments have the shapes of the params
-    nonfinite: Int[Array, ""]  # steps without an update because the gradient was not finite
+    nonfinite: Int[Array, ""]  # steps without an update: not finite, or a spike that is to be skipped
     loss_scale: Float[Array, ""]  # 1 unless compute is float16
     scale_age: Int[Array, ""]  # steps since the loss scale last changed
     constants: Params  # an adapter's parameters that are not trained, float32; mostly {}

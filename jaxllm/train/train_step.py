@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from jaxllm.data.batch import MAX_PAIRS, Vocabulary, row_random
@@ -37,8 +39,10 @@ def make_train_step(
     config: Config,
     layout: Layout,
     num_tokens: int | None = None,
-) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """Compiles `(state, batch) -> (state, metrics)`; the state is donated.
+
+    A third argument, the pair of a loss and a norm of the gradient, makes it skip the update of a step above either.
 
     Metrics, float32 scalars: loss (mean over what the step counts: of tokens, nats), weight (how many were counted),
     grad_norm (global, before clipping), learning_rate, nonfinite (steps without an update so far), loss_scale; those of
@@ -52,7 +56,7 @@ def make_train_step(
     options = step_options(step, config, num_tokens)
     learning_rates = critic_scale(config) if isinstance(spec, ActorCritic) else 1.0
 
-    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Any, limits: Any) -> tuple[TrainState, Metrics]:
         batch = referred(step, spec, config, state, batch, layout.num_microbatches, options)
         metrics: Metrics = {}
         gradients: Any = {}
@@ -63,8 +67,11 @@ def make_train_step(
         every_axis = [*jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple)), ("state",)]
         with tensor_scope("gradient_norm", *every_axis):
             norm = optax.tree.norm(gradients)
+        usable = jnp.isfinite(norm)
+        if limits is not None:
+            usable &= (metrics["loss"] <= limits[0]) & (norm <= limits[1])
         with tensor_scope("optimizer", *every_axis):
-            new = _update(optimizer, config.optimizer.clip_norm, state, gradients, norm, learning_rates)
+            new = _update(optimizer, config.optimizer.clip_norm, state, gradients, norm, usable, learning_rates)
         if compute == jnp.float16:
             new = _rescale(state, new, jnp.isfinite(norm))
         metrics |= {
@@ -94,19 +101,25 @@ def abstract_batch(config: Config, layout: Layout) -> Any:
     return jax.tree.map(lambda leaf: place((config.data.batch_size, *leaf.shape), leaf.dtype), row)
 
 
+def abstract_limits(config: Config, layout: Layout) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The third argument of a step, where a spike may keep it from updating."""
+    whole = NamedSharding(layout.mesh, P())
+    return (jax.ShapeDtypeStruct((2,), jnp.float32, sharding=whole),) if config.train.spike == "skip" else ()
+
+
 def _compiled(train_step: Callable, layout: Layout, abstract: TrainState) -> Callable:
-    def laid_out(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def laid_out(state: TrainState, batch: Any, limits: Any = None) -> tuple[TrainState, Metrics]:
         with use_layout(layout):
-            return train_step(state, batch)
+            return train_step(state, batch, limits)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(laid_out, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def _update(
-    optimizer, clip_norm: float, state: TrainState, gradients: Any, norm: Array, critic_scale: float
+    optimizer, clip_norm: float, state: TrainState, gradients: Any, norm: Array, usable: Array, critic_scale: float
 ) -> TrainState:
-    """One optimizer step, or none where the gradient is not finite: decided on the device, before the update.
+    """One optimizer step, or none where the gradient is not usable: decided on the device, before the update.
 
     Args:
       critic_scale: the learning rate of a critic, as a part of the others'.
@@ -117,13 +130,12 @@ def _update(
     if critic_scale != 1:
         updates = updates | {CRITIC: jax.tree.map(lambda u: u * critic_scale, updates[CRITIC])}
     params = optax.apply_updates(state.params, updates)
-    finite = jnp.isfinite(norm)
-    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
+    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(usable, a, b), new, old)  # noqa: E731
     return state._replace(
         step=state.step + 1,
         params=keep(params, state.params),
         optimizer=keep(moments, state.optimizer),
-        nonfinite=state.nonfinite + ~finite,
+        nonfinite=state.nonfinite + ~usable,
     )
 
 

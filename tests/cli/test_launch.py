@@ -12,6 +12,11 @@ from jaxllm.cli import distributed
 from jaxllm.cli.flags import Parser
 from jaxllm.errors import UserError
 
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+}
 LAUNCH = Path(__file__).parents[2] / "launch"
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
 
@@ -28,7 +33,36 @@ def arguments(argv: list[str], environment: dict[str, str]):
         ([], {}, None),
         ([], {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, None),  # a shell of salloc is not a task of srun
         ([], SLURM | {"SLURM_NTASKS": "1"}, None),
-        ([], SLURM | {"SLURM_NTASKS": "4"}, {}),
+        (
+            [],
+            SLURM | {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_NODES": "2", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"},
+            {"coordinator_address": "n1:61447", "num_processes": 4, "process_id": 3, "local_device_ids": [4, 5, 6, 7]},
+        ),
+        (  # one task a node sees all of its GPUs
+            [],
+            SLURM | {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "gpu07,gpu[11-12]"},
+            {"coordinator_address": "gpu07:61447", "num_processes": 2, "process_id": 3},
+        ),
+        (  # --gpus-per-task: it sees its own
+            [],
+            SLURM | {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_NODES": "1", "CUDA_VISIBLE_DEVICES": "0"},
+            {"coordinator_address": "n1:61447", "num_processes": 4, "process_id": 3},
+        ),
+        (
+            [],
+            OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+            {"coordinator_address": "10.96.0.1:62624", "num_processes": 4, "process_id": 1, "local_device_ids": [1]},
+        ),
+        (
+            [],
+            OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"},
+            {"coordinator_address": "10.96.0.1:62624", "num_processes": 4, "process_id": 1},
+        ),
+        (  # a pod of an indexed job
+            [],
+            {"JAX_COORDINATOR_ADDRESS": "n0:1", "JAX_NUM_PROCESSES": "2", "JOB_COMPLETION_INDEX": "1"},
+            {"coordinator_address": "n0:1", "num_processes": 2, "process_id": 1},
+        ),
         (
             ["--coordinator_address=n0:1", "--num_processes=2", "--process_id=1"],
             {},
@@ -90,31 +124,3 @@ def test_slurm_passes_the_signal_on_waits_for_the_save_and_requeues_only_after_7
     assert (tmp_path / "scontrol").exists() == requeued
     if requeued:
         assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
-
-
-def test_local_processes_get_their_numbers_and_the_first_failure_is_the_exit_code(tmp_path):
-    stand_in(
-        tmp_path / "bin",
-        "jaxllm",
-        f'echo "$JAX_PROCESS_ID of $JAX_NUM_PROCESSES: $*" > {tmp_path}/$JAX_PROCESS_ID; exit $((JAX_PROCESS_ID * 2))',
-    )
-    environment = os.environ | {"JAXLLM": str(tmp_path / "bin" / "jaxllm")}
-    done = subprocess.run([LAUNCH / "local" / "processes.sh", "2", "train", "--seed=3"], env=environment, check=False)
-    assert done.returncode == 2
-    assert (tmp_path / "0").read_text() == "0 of 2: train --seed=3\n"
-    assert (tmp_path / "1").read_text() == "1 of 2: train --seed=3\n"
-
-
-def test_local_processes_are_told_to_stop_and_waited_for(tmp_path):
-    saving = f"trap 'sleep 0.3; touch {tmp_path}/saved.$JAX_PROCESS_ID; exit 75' TERM"
-    stand_in(
-        tmp_path / "bin", "jaxllm", f"{saving}; touch {tmp_path}/ready.$JAX_PROCESS_ID; while true; do sleep 0.05; done"
-    )
-    environment = os.environ | {"JAXLLM": str(tmp_path / "bin" / "jaxllm")}
-    job = subprocess.Popen([LAUNCH / "local" / "processes.sh", "2", "train"], env=environment)
-    while not all((tmp_path / f"ready.{i}").exists() for i in range(2)):
-        assert job.poll() is None
-        time.sleep(0.01)
-    job.send_signal(signal.SIGTERM)
-    assert job.wait() == 75
-    assert all((tmp_path / f"saved.{i}").exists() for i in range(2))

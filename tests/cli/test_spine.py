@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -70,23 +69,16 @@ def test_from_text_to_text(trained, capsys):
     assert result["characters"] == len(TEXT)
 
 
-def in_two_processes(argv: list[str], tmp_path: Path) -> subprocess.CompletedProcess:
-    """`jaxllm` by launch/local/processes.sh, with 4 devices a process."""
-    script = tmp_path / "jaxllm"
-    script.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'import jaxllm.cli.main as m; exit(m.main())' \"$@\"\n")
-    script.chmod(0o755)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    environment = os.environ | {"JAXLLM": str(script), "PORT": port, "PYTHONPATH": str(ROOT)}
-    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-    argv = [ROOT / "launch" / "local" / "processes.sh", "2", *argv]
-    return subprocess.run(argv, env=environment, capture_output=True, text=True, check=False, timeout=600)
+def in_two_processes(argv: list[str], *flags: str) -> subprocess.CompletedProcess:
+    """`jaxllm` by launch/local.py, with 4 devices a process."""
+    command = [ROOT / "launch" / "local.py", "--devices=4", f"--jaxllm={sys.executable} -m jaxllm", *flags, "--", *argv]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
 
 
 def test_two_processes_train_what_one_does(trained, tmp_path):
     """Against one process with as many devices."""
-    done = in_two_processes(again(trained, tmp_path / "two"), tmp_path)
+    done = in_two_processes(again(trained, tmp_path / "two"))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("done: ") == 1  # the first process speaks for both
     for name in ("loss", "grad_norm", "eval_loss"):
@@ -97,10 +89,10 @@ def test_two_processes_train_what_one_does(trained, tmp_path):
 
 def test_no_process_waits_for_one_that_could_not_prepare_the_data(trained, tmp_path):
     """Only the first reads the text. The others hear of its failure, instead of a barrier that JAX ends by SIGABRT."""
-    done = in_two_processes(again(trained, tmp_path / "two", "--config.data.held_out=QUAGGA"), tmp_path)
+    done = in_two_processes(again(trained, tmp_path / "two", "--config.data.held_out=QUAGGA"))
     assert done.returncode == 2, done.stderr
     told = [line for line in done.stderr.splitlines() if line.startswith("jaxllm: ")]
-    assert sorted(told, key=len)[0] == "jaxllm: process 0 could not prepare the data; it says why."
+    assert sorted(told, key=len)[0] == "jaxllm: process 1: process 0 could not prepare the data; it says why."
     assert len(told) == 2 and any("'QUAGGA' is nowhere in the text" in line for line in told)
     assert "Check failure" not in done.stderr and "Traceback" not in done.stderr
 

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.errors import UserError
 from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.checkpoint_files import FILES
 from jaxllm.train.state import TrainState
 from jaxllm.train.tree_hash import tree_hash
 
@@ -177,15 +178,30 @@ def test_an_unfinished_checkpoint_is_no_checkpoint(tmp_path, two_checkpoints):
     assert Checkpoints(tmp_path / "nothing").restore(abstract(make_state())) is None
 
 
-def test_changed_bits_are_found(tmp_path, two_checkpoints):
-    folder = tmp_path / "checkpoints"
+@pytest.mark.parametrize("name", ["parameter_hash", "state_hash"])
+def test_arrays_that_are_not_those_saved_are_found(tmp_path, two_checkpoints, name):
+    """Also where no list of files was written any more."""
+    folder, said = tmp_path / "checkpoints", []
     shutil.copytree(two_checkpoints, folder)
+    (folder / "2" / FILES).unlink()
     file = folder / "2" / "run" / "metadata"
-    for name in ("parameter_hash", "state_hash"):
-        run = json.loads((two_checkpoints / "2" / "run" / "metadata").read_text())
-        file.write_text(json.dumps(run | {name: "0123456789abcdef"}))
-        with pytest.raises(UserError, match=r"have the hash [0-9a-f]{16}, but 0123456789abcdef was taken"):
-            Checkpoints(folder).restore(abstract(make_state()))
+    run = json.loads(file.read_text())
+    file.write_text(json.dumps(run | {name: "0123456789abcdef"}))
+    assert Checkpoints(folder, say=said.append).restore(abstract(make_state())).step == 1
+    assert f"have the hash {run[name]}, but 0123456789abcdef was taken at the save" in said[0]
+
+
+def test_one_changed_byte_in_any_file_is_found(tmp_path, two_checkpoints):
+    files = sorted(p.relative_to(two_checkpoints / "2") for p in (two_checkpoints / "2").rglob("*") if p.is_file())
+    draw = random.Random(0)
+    for number, name in enumerate(files):
+        folder, said = tmp_path / str(number), []
+        shutil.copytree(two_checkpoints, folder)
+        content = bytearray((folder / "2" / name).read_bytes())
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        (folder / "2" / name).write_bytes(content)
+        assert Checkpoints(folder, say=said.append).restore(abstract(make_state())).step == 1, name
+        assert len(said) == 1 and "step 2 is damaged and skipped" in said[0]
 
 
 def test_another_model_or_optimizer_is_refused(two_checkpoints):

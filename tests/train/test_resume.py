@@ -56,11 +56,12 @@ def test_killed_before_a_save_is_committed(text, straight):
 
 
 @pytest.mark.parametrize("small_disk", ["1m"], indirect=True)
-def test_a_full_disk_ends_a_run_that_goes_on_once_there_is_room(text, straight, small_disk):
+def test_a_run_goes_on_while_the_disk_is_full_and_ends_without_loss_of_what_was_saved(text, straight, small_disk):
     workdir, changes = small_disk / "run", ("train.checkpoint_every=1", "train.keep=99")
     child = tiny_run.start(workdir, text, *changes)
     _, output = child.communicate()
     assert child.returncode == 2
+    assert "The training goes on; the next try is at step" in output and "\nstep 40/40" in output
     assert re.search(r"\njaxllm: .*no space left on the disk.*\n.*run the same command again.*$", output, re.I)
     assert "Traceback" not in output and "orbax/" not in output
     saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
