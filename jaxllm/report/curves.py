@@ -55,13 +55,20 @@ class Axis(NamedTuple):
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
 
-def figure(title: str, curves: Sequence[Curve], marks: Iterable[Mark] = (), may_be_logarithmic: bool = False) -> str:
+def figure(
+    title: str,
+    curves: Sequence[Curve],
+    marks: Iterable[Mark] = (),
+    may_be_logarithmic: bool = False,
+    from_zero: bool = False,
+) -> str:
     """The curves over each other against the step."""
     values = [value for curve in curves for _, value in curve.points if value is not None]
     steps = [step for curve in curves for step, _ in curve.points]
     logarithmic = may_be_logarithmic and min(values) > 0 and max(values) > 30 * min(values)
     across = Axis(*_widened(min(0, *steps), max(steps)), LEFT, WIDTH - RIGHT)
-    upright = Axis(*_room(min(values), max(values), logarithmic), HEIGHT - BOTTOM, TOP, logarithmic)
+    low = min(0.0, *values) if from_zero else min(values)
+    upright = Axis(*_room(low, max(values), logarithmic), HEIGHT - BOTTOM, TOP, logarithmic)
     pieces = [*_grid(across, upright)]
     for mark in marks:
         pieces.append(_line("mark " + mark.kind, across.place(mark.at), TOP, HEIGHT - BOTTOM, mark.text))

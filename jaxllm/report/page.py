@@ -63,7 +63,7 @@ def _head(runs: Sequence[Run]) -> str:
 def _facts(run: Run) -> dict[str, str]:
     of_steps = f" of {run.steps:,}" if run.steps else ""
     return {
-        "state": run.state + (f": {run.why}" if run.why else ""),
+        "state": run.why if run.why.startswith(run.state) else f"{run.state}: {run.why}" if run.why else run.state,
         "train step": str(run.config.get("train_step", "-")),
         "steps": f"{run.step:,}{of_steps}",
         "model": model_line(run.config),
@@ -145,7 +145,7 @@ def _figure(runs: Sequence[Run], name: str) -> str:
     title = " and ".join(present) + (f": {_last(runs[0], present)}" if len(runs) == 1 else "")
     last = max(step for curve in drawn for step, _ in curve.points)
     marks = [mark for mark in _step_marks(runs[0]) if mark.at <= last] if len(runs) == 1 else []
-    return curves.figure(title, drawn, marks, name in LOGARITHMIC)
+    return curves.figure(title, drawn, marks, name in LOGARITHMIC, from_zero=name in THROUGHPUT)
 
 
 def _last(run: Run, metrics: Sequence[str]) -> str:
