@@ -12,7 +12,7 @@ from jaxllm.written import clock, number
 WIDTH, HEIGHT = 460, 220  # in the units of the drawing; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 8, 26  # margins, in which the axes are written
 DRAWN = 1_000  # points of a curve at most
-DOTTED = 60  # points up to which each is a dot that tells its value
+DOTTED = 30  # points up to which each is a dot that tells its value
 STRIP_WIDTH, STRIP_HEIGHT = 960, 66
 STYLE = """
 svg { width: 100%; height: auto; display: block; } svg text { font: 12px system-ui, sans-serif; fill: var(--faint); }
