@@ -7,12 +7,15 @@ from jaxllm.errors import UserError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of one verb: `Parser("generate", "continue prompts", examples="…")`, then `add_argument` as usual."""
+    """The parser of one verb: `Parser("generate", "continue prompts", examples="…")`, then `add_argument` as usual.
 
-    def __init__(self, verb: str, what: str, examples: str = "") -> None:
+    `values` names those that follow no flag, for the usage line.
+    """
+
+    def __init__(self, verb: str, what: str, examples: str = "", values: str = "") -> None:
         super().__init__(
             prog=f"jaxllm {verb}",
-            usage=f"jaxllm {verb} [--flag=value …]",
+            usage=" ".join(filter(None, ("jaxllm", verb, values, "[--flag=value …]"))),
             description=what,
             epilog=examples and f"examples:\n{examples}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -46,7 +49,9 @@ class Parser(argparse.ArgumentParser):
         flag = argument.partition("=")[0]
         flags = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
         if not argument.startswith("-"):
-            return f"'{argument}' is not expected here: every value follows its flag. See {self.prog} --help."
+            placed = [action.metavar for action in self._actions if not action.option_strings]
+            rule = f"after {', '.join(placed)} every" if placed else "every"
+            return f"'{argument}' is not expected here: {rule} value follows its flag. See {self.prog} --help."
         if "." in flag and "--config" in flags:
             return f"{flag} is not a flag. Fields of the config are written --config.GROUP.FIELD=VALUE."
         return f"{flag} is not a flag of {self.prog}. {did_you_mean(flag, flags)}"

@@ -16,6 +16,8 @@ from jaxllm.layout.virtual_devices import add_threads
 VERBS = {
     "tokenizer": "train a tokenizer on text",
     "train": "train a model; goes on where WORKDIR's last checkpoint left off",
+    "runs": "a table of the runs below a folder: state, step, loss",
+    "report": "a page of a run, or of several over each other",
     "generate": "continue prompts",
     "chat": "talk with a model in the terminal",
     "evaluate": "loss and bits per character on files, accuracy on multiple choice",

@@ -143,7 +143,7 @@ def _print_found(plans: "list[Plan]", written: list[str]) -> None:
 
 
 def _nothing_fits(found: "Search", cluster: "Cluster", num_gpus: int) -> str:
-    from jaxllm.plan.report import gigabytes
+    from jaxllm.written import gigabytes
 
     if found.smallest is None:
         return "no layout is legal; `jaxllm layouts --illegal` says why each is not."

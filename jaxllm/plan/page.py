@@ -1,19 +1,19 @@
 """A plan as one HTML page that needs nothing else: memory, shardings, the schedule as a timeline, traffic by link."""
 
 import html
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from jaxllm.layout.schedules import Action, make_schedule
+from jaxllm.markup import COLOURS, document, key, section, table
 from jaxllm.plan.compiled import Compiled
 from jaxllm.plan.estimate import Estimate
 from jaxllm.plan.explain import tensor_rows
 from jaxllm.plan.plan import Plan
 from jaxllm.plan.program import Program
-from jaxllm.plan.report import SPENT, gigabytes
+from jaxllm.plan.report import SPENT
 from jaxllm.plan.traffic import axis_traffic
+from jaxllm.written import gigabytes
 
-COLOURS = ("#4c78a8", "#72b7b2", "#9ecae9", "#f58518", "#e45756", "#b279a2", "#eeca3b", "#54a24b", "#9d755d", "#bab0ac")
 ACTIONS = {
     Action.FORWARD: ("F", "#4c78a8"),
     Action.BACKWARD: ("B", "#54a24b"),
@@ -22,12 +22,6 @@ ACTIONS = {
 }
 DRAWN_TICKS = 160  # of a schedule; what follows repeats
 WIDTH = 960  # pixels
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1000px; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; font-size: 13px; } td, th { padding: 2px 12px 2px 0; text-align: left; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } h2 { margin-top: 2rem; }
-.key { display: inline-block; width: 12px; height: 12px; margin: 0 4px 0 14px; } .note { color: #666; }
-"""
 
 
 def page(plan: Plan) -> str:
@@ -43,11 +37,8 @@ def page(plan: Plan) -> str:
         sections.append(("Where each parameter lies", _shardings(plan.program)))
     if plan.compiled is not None:
         sections.append(("Largest temporaries", _buffers(plan.compiled)))
-    body = "\n".join(f"<h2>{title}</h2>\n{content}" for title, content in sections)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>jaxllm plan</title><style>{STYLE}</style>'
-        f"</head><body>\n<h1>jaxllm plan</h1>\n<p>{html.escape(plan.head)}</p>\n{body}\n</body></html>\n"
-    )
+    body = "\n".join(section(title, content) for title, content in sections)
+    return document("jaxllm plan", f"<p>{html.escape(plan.head)}</p>\n{body}")
 
 
 def _bar(parts: Sequence[tuple[str, float]], whole: float, mark: float | None, written) -> str:
@@ -56,14 +47,13 @@ def _bar(parts: Sequence[tuple[str, float]], whole: float, mark: float | None, w
     scale = WIDTH / max(whole, sum(size for _, size in shown))
     for number, (name, size) in enumerate(shown):
         colour = COLOURS[number % len(COLOURS)]
-        label = html.escape(f"{name}: {written(size)}")
-        pieces.append(
-            f'<rect x="{x:.1f}" width="{size * scale:.1f}" height="44" fill="{colour}"><title>{label}</title></rect>'
-        )
-        keys.append(f'<span class="key" style="background:{colour}"></span>{label}')
+        label = f"{name}: {written(size)}"
+        place = f'x="{x:.1f}" width="{size * scale:.1f}" height="44"'
+        pieces.append(f'<rect {place} fill="{colour}"><title>{html.escape(label)}</title></rect>')
+        keys.append(key(colour, label))
         x += size * scale
     if mark is not None:
-        pieces.append(f'<line x1="{mark * scale:.1f}" x2="{mark * scale:.1f}" y1="0" y2="52" stroke="#000"/>')
+        pieces.append(f'<line x1="{mark * scale:.1f}" x2="{mark * scale:.1f}" y1="0" y2="52" stroke="currentColor"/>')
     return f'<svg width="{WIDTH}" height="54" role="img">{"".join(pieces)}</svg>\n<p>{"".join(keys)}</p>'
 
 
@@ -85,12 +75,6 @@ def _time(found: Estimate) -> str:
     )
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequence[int] = ()) -> str:
-    cell = lambda tag, i, value: f"<{tag}{' class=n' if i in numbers else ''}>{html.escape(str(value))}</{tag}>"  # noqa: E731
-    line = lambda tag, row: "<tr>" + "".join(cell(tag, i, value) for i, value in enumerate(row)) + "</tr>"  # noqa: E731
-    return "<table>" + line("th", head) + "".join(line("td", row) for row in rows) + "</table>"
-
-
 def _traffic(plan: Plan) -> str:
     job = plan.job
     rows = axis_traffic(job, plan.compiled and plan.compiled.collectives)
@@ -105,27 +89,27 @@ def _traffic(plan: Plan) -> str:
         for row in rows
     ]
     head = ("mesh axis", "devices", "link", "sent a step", "by the formulas")
-    return _table(head, cells, numbers=(1, 3, 4)) if cells else "<p>Nothing is sent.</p>"
+    return table(head, cells, numbers=(1, 3, 4)) if cells else "<p>Nothing is sent.</p>"
 
 
 def _schedule(plan: Plan) -> str:
     job, layout, bubble = plan.job, plan.config.layout, plan.estimate.bubble
-    table = make_schedule(layout.schedule, job.stages, job.num_microbatches, layout.virtual_stages)
-    ticks = min(table.num_ticks, DRAWN_TICKS)
+    schedule = make_schedule(layout.schedule, job.stages, job.num_microbatches, layout.virtual_stages)
+    ticks = min(schedule.num_ticks, DRAWN_TICKS)
     width, height = WIDTH / ticks, 18
     pieces = []
     for tick in range(ticks):
         for stage in range(job.stages):
-            action = Action(int(table.action[tick][stage]))
+            action = Action(int(schedule.action[tick][stage]))
             if action == Action.IDLE:
                 continue
             letter, colour = ACTIONS[action]
-            microbatch = int(table.microbatch[tick][stage])
+            microbatch = int(schedule.microbatch[tick][stage])
             title = f"tick {tick}, stage {stage}: {letter} of microbatch {microbatch}"
             place = f'x="{tick * width:.2f}" y="{stage * height}" width="{width:.2f}" height="{height - 2}"'
             pieces.append(f'<rect {place} fill="{colour}"><title>{title}</title></rect>')
-    note = f"{table.num_ticks} ticks" + (f", the first {ticks} drawn" if ticks < table.num_ticks else "")
-    keys = "".join(f'<span class="key" style="background:{c}"></span>{n}' for n, c in ACTIONS.values())
+    note = f"{schedule.num_ticks} ticks" + (f", the first {ticks} drawn" if ticks < schedule.num_ticks else "")
+    keys = "".join(key(colour, letter) for letter, colour in ACTIONS.values())
     return (
         f'<svg width="{WIDTH}" height="{job.stages * height}" role="img">{"".join(pieces)}</svg>'
         f'<p>{keys}</p><p class="note">{html.escape(layout.schedule)}: a row a stage, {note}; '
@@ -148,9 +132,9 @@ def _shardings(program: Program) -> str:
         if row.at_rest is not None
     ]
     head = ("parameter", "axes", "computed with", "at rest", "bytes a GPU", "optimizer")
-    return _table(head, rows, numbers=(4, 5))
+    return table(head, rows, numbers=(4, 5))
 
 
 def _buffers(compiled: Compiled) -> str:
     rows = [(gigabytes(b.bytes), b.shape, b.what or "?", b.made_by, b.line) for b in compiled.buffers]
-    return _table(("size", "shape", "of", "made by", "at"), rows, numbers=(0,))
+    return table(("size", "shape", "of", "made by", "at"), rows, numbers=(0,))

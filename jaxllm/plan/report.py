@@ -8,6 +8,7 @@ from jaxllm.plan.explain import CollectiveRow
 from jaxllm.plan.plan import Plan
 from jaxllm.plan.traffic import AxisTraffic, axis_traffic, crosses_nodes
 from jaxllm.steps import STEPS
+from jaxllm.written import gigabytes
 
 SHOWN = 14  # rows of traffic
 
@@ -37,11 +38,6 @@ def lines(plan: Plan) -> Iterator[str]:
     yield from ("", *time_lines(plan.estimate, plan.num_gpus))
     if STEPS[plan.config.train_step].draws:
         yield "The rollouts, in which the model writes, are not in it."
-
-
-def gigabytes(count: float) -> str:
-    """Written; a small count in megabytes."""
-    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
 
 
 def memory_lines(plan: Plan) -> Iterator[str]:
