@@ -191,6 +191,10 @@ def _where(source: Path, error: Exception) -> str:
     if unknown:
         fields = {field for group in GROUPS.values() for field in defaults(group)} | set(base_config())
         return f"{place}: '{unknown[1]}' is not a field. {did_you_mean(unknown[1], fields)}"
+    cast = re.match(r"Could not override field '(\w+)' .* to type <class '(\w+)'>", text, re.DOTALL)
+    wanted = {kind.__name__: name for kind, name in _TYPE_NAMES.items()} | {"ConfigDict": "a group of fields"}
+    if cast and cast[2] in wanted:
+        return f"{place}: '{cast[1]}' is set to what it cannot be: it must be {wanted[cast[2]]}."
     return f"{place}: {type(error).__name__}: {' '.join(text.split())}"
 
 

@@ -89,7 +89,10 @@ def _trained(
             ]
             if not passages:
                 raise nothing_to_train_on(config)
-            train_tokenizer(passages, kind=algorithm, vocab_size=vocab_size, specials=specials).save(folder)
+            try:
+                train_tokenizer(passages, kind=algorithm, vocab_size=vocab_size, specials=specials).save(folder)
+            except UserError as error:
+                raise UserError(f"config.data.tokenizer={config.tokenizer}: {error}") from error
 
     return shards.cached(cache, f"tokenizer-{key}", train)
 
