@@ -1,13 +1,23 @@
 """The two kinds of mistakes: the user's gets one or two clear lines and exit code 2, ours gets a traceback."""
 
 import difflib
+import re
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
+LONGEST_WORD = 400  # characters of a message; a value may be a whole file on one line
+
 
 class UserError(Exception):
     """A mistake the user can mend. The message names the value, the rule and the nearest way out."""
+
+    def __init__(self, message: str):
+        super().__init__(re.sub(rf"\S{{{LONGEST_WORD},}}", _shortened, message))
+
+
+def _shortened(word: re.Match[str]) -> str:
+    return f"{word[0][: LONGEST_WORD // 2]}…{word[0][-LONGEST_WORD // 4 :]}"
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

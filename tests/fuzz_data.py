@@ -69,6 +69,9 @@ def preferences() -> Records:
     return [{"prompt": f"say {n}", "chosen": f"{n}!", "rejected": "no", "margin": 1.0} for n in range(NUMBER)]
 
 
+RECORDS = (texts, instructions, conversations, preferences)
+
+
 def as_jsonl(records: Records, path: Path) -> bytes:
     return "".join(json.dumps(record) + "\n" for record in records).encode()
 
@@ -86,7 +89,7 @@ def as_csv(records: Records, path: Path) -> bytes:
     rows = [record if isinstance(record, dict) else {"?": record} for record in records]
     names = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
     out = io.StringIO()
-    delimiter = "\t" if path.name.endswith(".tsv") else ","
+    delimiter = "\t" if ".tsv" in path.suffixes else ","
     writer = csv.DictWriter(out, names, delimiter=delimiter)
     writer.writeheader()
     writer.writerows(rows)
@@ -97,14 +100,16 @@ def as_parquet(records: Records, path: Path) -> bytes:
     import pyarrow
     import pyarrow.parquet
 
-    out = pyarrow.BufferOutputStream()
+    def written(table: pyarrow.Table) -> bytes:
+        out = pyarrow.BufferOutputStream()
+        pyarrow.parquet.write_table(table, out)
+        return out.getvalue().to_pybytes()
+
     try:
-        table = pyarrow.Table.from_pylist(records)
+        return written(pyarrow.Table.from_pylist(records))
     except (pyarrow.ArrowException, AttributeError, UnicodeError, OverflowError):  # a column of two types
         rows = [json.dumps(record).encode() for record in records]
-        table = pyarrow.table({"text": pyarrow.array(rows, pyarrow.binary())})
-    pyarrow.parquet.write_table(table, out)
-    return out.getvalue().to_pybytes()
+        return written(pyarrow.table({"text": pyarrow.array(rows, pyarrow.binary())}))
 
 
 def as_arrayrecord(records: Records, path: Path) -> bytes:
@@ -126,7 +131,7 @@ def sentencepiece_model() -> bytes:
     from jaxllm.data.tokenizer_training import train_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
-        train_tokenizer([record["text"] for record in texts()], vocab_size=300).save(folder)
+        train_tokenizer([as_jsonl(every(), Path()).decode() for every in RECORDS] * 5, vocab_size=360).save(folder)
         return (Path(folder) / "tokenizer.model").read_bytes()
 
 
@@ -138,7 +143,7 @@ def huggingface_tokenizer() -> Any:
 
 def tokenizer_config() -> dict[str, Any]:
     named = {"bos_token": "<|endoftext|>", "eos_token": {"content": "<|endoftext|>", "special": True}}
-    return {**named, "add_bos_token": True, "chat_template": "{{ messages[0]['content'] }}", "model_max_length": 1e30}
+    return {**named, "add_bos_token": True, "chat_template": ANSWERS, "model_max_length": 1e30}
 
 
 def template() -> bytes:
@@ -150,6 +155,11 @@ def as_object(content: Any, path: Path) -> bytes:
     return json.dumps(content).encode()
 
 
+ANSWERS = (
+    "{% for m in messages %}{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}{% endif %}"
+    "{% endfor %}"
+)
 JSONL = {"source": "jsonl"}
 EXAMPLES = {"source": "jsonl", "chat_template": "plain", "packing": "best_fit", "truncation": "drop"}
 KINDS = (
@@ -376,7 +386,8 @@ def fields_of(kind: Kind, path: Path) -> dict[str, Any]:
     """The fields of config.data of a run that reads the file, with whatever valid files are beside it."""
     beside = path.parent / "valid"
     beside.mkdir()
-    fields: dict[str, Any] = {"path": str(path), "tokenizer": "bpe:280", "held_out": "0.2", "batch_size": BATCH}
+    (beside / "tokenizer.model").write_bytes(_valid("tokenizer.model"))
+    fields: dict[str, Any] = {"path": str(path), "tokenizer": str(beside), "held_out": "0.2", "batch_size": BATCH}
     fields |= {"cache": str(path.parent / "cache"), **kind.fields}
     is_text = fields["source"] == "text"
     valid = beside / ("a.txt" if is_text else "a.jsonl")
@@ -389,9 +400,6 @@ def fields_of(kind: Kind, path: Path) -> dict[str, Any]:
         (path.parent / "tokenizer.json").write_bytes(as_object(_valid("tokenizer.json"), path))
     if kind.name == "template.jinja":
         fields |= {"path": str(valid), "chat_template": str(path)}
-    if kind.step == "grpo":
-        (beside / "tokenizer.model").write_bytes(_valid("tokenizer.model"))
-        fields["tokenizer"] = str(beside)
     return fields
 
 

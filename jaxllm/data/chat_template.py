@@ -76,7 +76,12 @@ class ChatTemplate:
                 blocks.append(block)
         except Exception as error:  # a template is a program, and fails like one
             raise self._explain(error) from error
-        return Rendered("".join(blocks), spans)
+        text = "".join(blocks)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{self._name} writes half a surrogate pair at character {error.start}.") from error
+        return Rendered(text, spans)
 
     @functools.cached_property
     def _template(self) -> jinja2.Template:

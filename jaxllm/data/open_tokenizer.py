@@ -44,7 +44,10 @@ def load_with_template(path: str | Path, config: DataConfig) -> Tokenizer:
     Raises:
       UserError: no tokenizer there, no such template, or one that writes special tokens which the tokenizer lacks.
     """
-    tokenizer = load_tokenizer(path)
+    try:
+        tokenizer = load_tokenizer(path)
+    except UserError as error:
+        raise UserError(f"config.data.tokenizer: {error}") from error
     source = named_template(config.chat_template)
     if source is None:
         return tokenizer
