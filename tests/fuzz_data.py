@@ -151,6 +151,12 @@ def template() -> bytes:
     return path.read_bytes()
 
 
+def stored_config() -> dict[str, Any]:
+    from jaxllm.train.config import Config, config_dict
+
+    return config_dict(Config())
+
+
 def as_object(content: Any, path: Path) -> bytes:
     return json.dumps(content).encode()
 
@@ -191,6 +197,7 @@ KINDS = (
     Kind("tokenizer.json", huggingface_tokenizer, as_object, {"source": "text"}),
     Kind("tokenizer_config.json", tokenizer_config, as_object, EXAMPLES | {"chat_template": ""}, "sft"),
     Kind("template.jinja", template, as_is, EXAMPLES, "sft"),
+    Kind("config.json", stored_config, as_object, {"source": "text"}),
 )
 BY_NAME = {kind.name: kind for kind in KINDS}
 
@@ -360,6 +367,9 @@ def read_through(kind: Kind, path: Path) -> None:
     from jaxllm.data.prompts import prepare_prompts
     from jaxllm.steps import STEPS
 
+    if kind.name == "config.json":
+        read_stored_config(path.parent)
+        return
     config = DataConfig(**fields_of(kind, path))
     if STEPS[kind.step].draws:
         prompts = prepare_prompts(config, max_prompt_length=LENGTH)
@@ -373,6 +383,14 @@ def read_through(kind: Kind, path: Path) -> None:
             _check_tokens(batch, data.tokenizer.vocab_size)
     for batch in data.eval_batches(sharding, batch_size=BATCH):
         _check_tokens(batch, data.tokenizer.vocab_size)
+
+
+def read_stored_config(workdir: Path) -> None:
+    """As the verbs that use a run do."""
+    from jaxllm.cli.config_file import merge, override
+    from jaxllm.generate.run import config_for_use
+
+    config_for_use(workdir, lambda config: override(merge(config), {}), own_mesh=False)
 
 
 def _check_tokens(batch: Any, vocab_size: int) -> None:

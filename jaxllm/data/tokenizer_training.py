@@ -58,10 +58,6 @@ def train_tokenizer(
     names = [*SPECIALS, *specials]
     if twice := sorted({name for name in names if not name or names.count(name) > 1}):
         raise UserError(f"Special tokens need distinct names that are not empty; {', '.join(map(repr, twice))} is not.")
-    if vocab_size < (least := len(names) + 256):
-        raise UserError(
-            f"A {kind} tokenizer of {vocab_size} pieces is too small: special tokens and 256 bytes alone are {least}."
-        )
     if vocab_size > MOST_PIECES:
         raise UserError(f"A {kind} tokenizer of {vocab_size} pieces is too large: at most {MOST_PIECES}.")
     passages = sample_passages(texts, sample_bytes)
@@ -73,7 +69,7 @@ def train_tokenizer(
             sentence_iterator=iter(passages),
             model_writer=model,
             model_type=kind,
-            vocab_size=vocab_size,
+            vocab_size=max(vocab_size, len(names) + 256),  # with less it does not say how many the text needs
             character_coverage=coverage,
             byte_fallback=True,
             split_digits=True,

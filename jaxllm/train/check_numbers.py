@@ -33,6 +33,7 @@ _AT_LEAST = {
     "adapter.encoder_dim": 0,
     "adapter.encoder_layers": 1,
     "layout.num_microbatches": 1,
+    "layout.virtual_stages": 1,
     "data.length": 0,
     "data.batch_size": 1,
     "train.steps": 1,
@@ -86,6 +87,7 @@ _AT_MOST = {
     "adapter.encoder_dim": 2**20,
     "adapter.encoder_layers": 2**10,
     "layout.num_microbatches": 2**16,
+    "layout.virtual_stages": 2**10,
     "data.batch_size": 2**24,
 }
 
