@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-from tests.fuzz_values import CHOICES, LAYOUT, PRESETS, REAL, STEPS, TEXTS, TRUTH, WEIGHTS, WHOLE, WRITTEN
+from tests.fuzz_values import CHOICES, FOCUS, LAYOUT, PRESETS, REAL, STEPS, TEXTS, TRUTH, WEIGHTS, WHOLE, WRITTEN
 from tests.fuzzing import Campaign, Outcome, outcome_of, write_lines
 from tests.train import tiny_run
 
@@ -140,7 +140,7 @@ def all_fields() -> dict[str, Any]:
 def draw_case(draw: random.Random, files: Files, fields: dict[str, Any]) -> Case:
     """One to three fields, or a layout, of a run that would be valid without."""
     step = draw.choices(STEPS, WEIGHTS)[0]
-    how = draw.choices(("fields", "layout", "misspelt", "written", "preset"), (45, 30, 8, 12, 5))[0]
+    how = draw.choices(("fields", "focus", "layout", "misspelt", "written", "preset"), (30, 25, 25, 7, 9, 4))[0]
     lines: list[str] = []
     flags: list[str] = []
     if how in ("fields", "layout"):
@@ -149,6 +149,11 @@ def draw_case(draw: random.Random, files: Files, fields: dict[str, Any]) -> Case
         for name in names:
             value = str(draw.choice(LAYOUT[name])) if how == "layout" else draw_value(draw, name, fields[name], files)
             flags.append(written(draw, name, value))
+    elif how == "focus":
+        chosen, fixed, names = draw.choice(FOCUS)
+        step = chosen or step
+        some = fixed | {n: draw_value(draw, n, fields[n], files) for n in draw.sample(names, draw.randint(1, 3))}
+        flags = [written(draw, name, value) for name, value in some.items()]
     elif how == "misspelt":
         flags.append(f"--config.{misspelt(draw, draw.choice(sorted(fields)))}={draw.choice(WHOLE + TEXTS)}")
     elif how == "written":
