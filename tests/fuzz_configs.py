@@ -232,7 +232,10 @@ def try_case(case: Case, files: Files, *, trains: bool = False) -> Outcome:
         code = train.main(argv)
         assert code in (0, 1), f"exit code {code}"
 
-    outcome = outcome_of(runs if trains else lowers, files.folder)
+    here = files.folder / "where" / "it" / "runs"  # paths that are drawn may be relative
+    here.mkdir(parents=True, exist_ok=True)
+    with contextlib.chdir(here):
+        outcome = outcome_of(runs if trains else lowers, files.folder)
     shutil.rmtree(files.folder / "run", ignore_errors=True)
     if trains and outcome.kind == "refused":
         return Outcome("failed", f"refused after compiling: {outcome.said}")

@@ -30,7 +30,7 @@ TEXTS = (
     "auto",
     "nosuch",
     "no/such/file",
-    "/",
+    "/dev/null",
     ".",
     "a=b",
     "=",
@@ -129,7 +129,7 @@ LAYOUT = {
     "optimizer.name": CHOICES["optimizer.name"][:3],
     "rollout.mesh.model": (0, 1, 2, 3),
 }
-PRESETS = ("gpt2", "llama3_8b", "gtp2", "", "/", "no/such", "{base}", "hf:gpt2", "\x00")
+PRESETS = ("gpt2", "llama3_8b", "gtp2", "", "/dev/null", "no/such", "{base}", "hf:gpt2", "\x00")
 # Values of types that only a config file can write.
 WRITTEN = ("None", "[]", "{}", "()", "[1, 2]", "{'a': 1}", "object", "b'x'", "1j", "'text'", "3", "2.5", "True", "-1")
 WRITTEN += ("float('nan')", "10**40", "float('inf')", "range(3)", "lambda: 1", "'\\ud800'", "''", "__import__('math')")

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +37,7 @@ def call_config_file(path: str) -> ConfigDict:
     """What `get_config()` of the file returns, put over every default."""
     file, _, argument = path.partition(".py:")
     source = Path(file + ".py") if argument else Path(path)
-    if not source.is_file():
+    if not os.path.isfile(source):
         raise UserError(f"--config {source}: no such file.{_configs_beside(source)}")
     module = ModuleType("jaxllm_config")
     module.__file__ = str(source)
@@ -102,7 +103,7 @@ def override(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
 def _preset(name: str) -> Mapping[str, Any]:
     from jaxllm.model import presets
 
-    if (Path(name) / "config.json").is_file():
+    if os.path.isfile(Path(name) / "config.json"):
         return model_of_run(name)
     known = dict(inspect.getmembers(presets, inspect.isfunction))
     if name not in known:
@@ -131,8 +132,10 @@ def model_of_run(name: str) -> Mapping[str, Any]:
 
 def _group_of_run(name: str, group: str) -> dict[str, Any]:
     file = Path(name) / "config.json"
-    if not file.is_file():
-        raise UserError(f"{name}: no run is there: no config.json in it. It is what jaxllm train --workdir wrote.")
+    if not os.path.isfile(file):  # unlike Path's, false of a name that no file may have
+        raise UserError(
+            f"--config.{group}={name}: no run is there: no config.json in it. It is what jaxllm train --workdir wrote."
+        )
     try:
         return json.loads(file.read_text(encoding="utf-8"))[group]
     except (ValueError, KeyError, TypeError):

@@ -22,7 +22,7 @@ from jaxllm.model.spec import ACTIVATIONS, model_spec
 from jaxllm.steps import STEPS
 from jaxllm.train.check_adapter import check_adapter
 from jaxllm.train.check_alignment import check_alignment
-from jaxllm.train.check_numbers import check_numbers, value_of
+from jaxllm.train.check_values import check_values, value_of
 from jaxllm.train.config import Config
 from jaxllm.train.optimizer import check_optimizer, make_schedule
 
@@ -77,7 +77,7 @@ def check_for_use(config: Config, num_devices: int) -> None:
     """Checks what generation and evaluation need of `config`. Raises as `check`."""
     for name, choices in CHOICES.items():
         one_of(f"config.{name}", value_of(config, name), choices)
-    check_numbers(config)
+    check_values(config)
     layout = config.layout
     rules = make_rules(layout.rules, layout.rule_overrides, sequence_parallel=layout.sequence_parallel)
     shape = mesh_shape(config.mesh, num_devices)

@@ -1,7 +1,8 @@
-"""The numbers of a config, each against its range."""
+"""The values of a config, each by itself: numbers against their ranges, texts against what can be a text or a path."""
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -92,8 +93,33 @@ _AT_MOST = {
 }
 
 
-def check_numbers(config: Config) -> None:
-    """Raises a UserError on a number that is out of its range, or not finite."""
+# Texts that name no files.
+_NO_PATHS = {"adapter.prompt_text", "adapter.targets", "optimizer.decay_mask", "layout.rule_overrides", "data.fields"}
+_LONGEST_NAME = 255  # bytes between two slashes, to a file system
+
+
+def check_values(config: Config) -> None:
+    """Raises a UserError on a number that is out of its range or not finite, and on a text that cannot be one."""
+    every = dict(_leaves(dataclasses.asdict(config)))
+    _check_numbers(config, every)
+    for name, value in every.items():
+        if isinstance(value, str):
+            _check_text(name, value)
+
+
+def _check_text(name: str, value: str) -> None:
+    if not value.isprintable() and ("\0" in value or re.search("[\ud800-\udfff]", value)):
+        raise UserError(f"config.{name}={value!r} is no text: it holds a NUL, or bytes that are not UTF-8.")
+    if name in _NO_PATHS or (name == "data.held_out" and not value.startswith("file:")):
+        return
+    if long := next((part for part in re.split("[/,:=]", value) if len(part.encode()) > _LONGEST_NAME), None):
+        raise UserError(
+            f"config.{name} names {long!r}: {len(long.encode())} bytes, more than the {_LONGEST_NAME} that the name of "
+            "a file or folder may have."
+        )
+
+
+def _check_numbers(config: Config, every: dict[str, Any]) -> None:
     for name, least in _AT_LEAST.items():
         _refuse_unless(value_of(config, name) >= least, config, name, f"{least} or more")
     for name in _ABOVE_ZERO:
@@ -104,10 +130,10 @@ def check_numbers(config: Config) -> None:
         _refuse_unless(rule(value_of(config, name)), config, name, says)
     for name, most in _AT_MOST.items():
         _refuse_unless(value_of(config, name) <= most, config, name, f"{most} or less")
-    for name, value in _numbers(dataclasses.asdict(config)):
+    for name, value in every.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"config.{name}={value} must be a finite number.")
-        if isinstance(value, int) and name != "seed" and abs(value) > _LARGEST:
+        if isinstance(value, int) and not isinstance(value, bool) and name != "seed" and abs(value) > _LARGEST:
             raise UserError(f"config.{name}={value} must be {_LARGEST} or less{', either sign' * (value < 0)}.")
 
 
@@ -122,10 +148,10 @@ def _refuse_unless(fine: bool, config: Config, name: str, says: str) -> None:
         raise UserError(f"config.{name}={value_of(config, name)} must be {says}.")
 
 
-def _numbers(group: dict[str, Any], within: str = "") -> Iterator[tuple[str, int | float]]:
-    """ "group.field" and value, of every number in a config."""
+def _leaves(group: dict[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
+    """ "group.field" and value, of every field of a config."""
     for name, value in group.items():
         if isinstance(value, dict):
-            yield from _numbers(value, f"{within}{name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield from _leaves(value, f"{within}{name}.")
+        else:
             yield within + name, value
