@@ -47,6 +47,9 @@ _AT_LEAST = {
     "train.max_nonfinite": 0,
     "train.profile_start": -1,
     "train.profile_steps": 1,
+    "rollout.reward_clip": 0,
+    "rollout.samples_written": 0,
+    "rollout.eval_prompts": 0,
 }
 
 _ABOVE_ZERO = (
@@ -90,6 +93,9 @@ _AT_MOST = {
     "layout.num_microbatches": 2**16,
     "layout.virtual_stages": 2**10,
     "data.batch_size": 2**24,
+    "rollout.prompts": 2**20,
+    "rollout.samples": 2**16,
+    "rollout.slots": 2**20,
 }
 
 
