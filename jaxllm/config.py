@@ -26,6 +26,8 @@ def read_group(group: type[Group], values: Mapping[str, Any], name: str) -> Grou
     Raises:
       UserError: an unknown field, or a value whose type is not that of the default.
     """
+    if not hasattr(values, "items"):
+        raise UserError(f"config.{name}={values!r} must be a group of fields.")
     known, read = defaults(group), {}
     for field, value in values.items():
         if field not in known:
@@ -34,11 +36,16 @@ def read_group(group: type[Group], values: Mapping[str, Any], name: str) -> Grou
         if dataclasses.is_dataclass(within) and hasattr(value, "items"):  # of a ConfigDict too
             read[field] = read_group(type(within), value, f"{name}.{field}")
             continue
-        if not _fits(value, known[field]):
-            expected = type(known[field]).__name__
-            raise UserError(f"config.{name}.{field}={value!r} is a {type(value).__name__}, but must be a {expected}.")
+        check_type(value, known[field], f"{name}.{field}")
         read[field] = _like(value, known[field])
     return group(**read)
+
+
+def check_type(value: Any, default: Any, name: str) -> None:
+    """Raises a UserError where `value`, of the field `config.<name>`, is not of the type of its default."""
+    if not _fits(value, default):
+        expected = type(default).__name__
+        raise UserError(f"config.{name}={value!r} is a {type(value).__name__}, but must be a {expected}.")
 
 
 def _fits(value: Any, default: Any) -> bool:

@@ -4,6 +4,7 @@ Of a run that ended with a code of 64 or more, starting the same command again m
 """
 
 import difflib
+import re
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,10 +16,18 @@ CRASHED = 70  # a traceback: our mistake, or a device's or a library's failure
 PREEMPTED = 75  # a signal came and the run was saved
 LOST = 76  # another process is gone, or nothing moves any more
 RESTARTABLE = 64
+LONGEST_WORD = 400  # characters of a message; a value may be a whole file on one line
 
 
 class UserError(Exception):
     """A mistake the user can mend. The message names the value, the rule and the nearest way out."""
+
+    def __init__(self, message: str):
+        super().__init__(re.sub(rf"\S{{{LONGEST_WORD},}}", _shortened, message))
+
+
+def _shortened(word: re.Match[str]) -> str:
+    return f"{word[0][: LONGEST_WORD // 2]}…{word[0][-LONGEST_WORD // 4 :]}"
 
 
 class Lost(Exception):

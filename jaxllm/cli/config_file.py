@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +37,7 @@ def call_config_file(path: str) -> ConfigDict:
     """What `get_config()` of the file returns, put over every default."""
     file, _, argument = path.partition(".py:")
     source = Path(file + ".py") if argument else Path(path)
-    if not source.is_file():
+    if not os.path.isfile(source):
         raise UserError(f"--config {source}: no such file.{_configs_beside(source)}")
     module = ModuleType("jaxllm_config")
     module.__file__ = str(source)
@@ -102,7 +103,7 @@ def override(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
 def _preset(name: str) -> Mapping[str, Any]:
     from jaxllm.model import presets
 
-    if (Path(name) / "config.json").is_file():
+    if os.path.isfile(Path(name) / "config.json"):
         return model_of_run(name)
     known = dict(inspect.getmembers(presets, inspect.isfunction))
     if name not in known:
@@ -131,8 +132,10 @@ def model_of_run(name: str) -> Mapping[str, Any]:
 
 def _group_of_run(name: str, group: str) -> dict[str, Any]:
     file = Path(name) / "config.json"
-    if not file.is_file():
-        raise UserError(f"{name}: no run is there: no config.json in it. It is what jaxllm train --workdir wrote.")
+    if not os.path.isfile(file):  # unlike Path's, false of a name that no file may have
+        raise UserError(
+            f"--config.{group}={name}: no run is there: no config.json in it. It is what jaxllm train --workdir wrote."
+        )
     try:
         return json.loads(file.read_text(encoding="utf-8"))[group]
     except (ValueError, KeyError, TypeError):
@@ -191,6 +194,10 @@ def _where(source: Path, error: Exception) -> str:
     if unknown:
         fields = {field for group in GROUPS.values() for field in defaults(group)} | set(base_config())
         return f"{place}: '{unknown[1]}' is not a field. {did_you_mean(unknown[1], fields)}"
+    cast = re.match(r"Could not override field '(\w+)' .* to type <class '(\w+)'>", text, re.DOTALL)
+    wanted = {kind.__name__: name for kind, name in _TYPE_NAMES.items()} | {"ConfigDict": "a group of fields"}
+    if cast and cast[2] in wanted:
+        return f"{place}: '{cast[1]}' is set to what it cannot be: it must be {wanted[cast[2]]}."
     return f"{place}: {type(error).__name__}: {' '.join(text.split())}"
 
 

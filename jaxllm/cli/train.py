@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
 
 def _check_workdir(workdir: Path) -> None:
     """Refuses a folder that could not be made or written, hours before the first checkpoint would tell."""
-    nearest = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    nearest = next(path for path in (workdir, *workdir.absolute().parents) if os.path.exists(path))
     if not nearest.is_dir():
         inside = "" if nearest == workdir else f": {nearest}, on the way to it,"
         raise UserError(f"--workdir {workdir}{inside} is a file. Give a folder; it is made where it does not exist.")

@@ -33,6 +33,7 @@ BUILT_IN = {
 }
 _BUILT_IN_FOLDER = Path(__file__).parent / "chat_templates"
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+LARGEST_POWER, LARGEST_TEXT = 1 << 16, 1 << 24  # bits; characters, or items of a list
 SPANS = "jaxllm_generation_spans"  # the variable by which {% generation %} blocks know where to note themselves
 
 
@@ -76,7 +77,12 @@ class ChatTemplate:
                 blocks.append(block)
         except Exception as error:  # a template is a program, and fails like one
             raise self._explain(error) from error
-        return Rendered("".join(blocks), spans)
+        text = "".join(blocks)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{self._name} writes half a surrogate pair at character {error.start}.") from error
+        return Rendered(text, spans)
 
     @functools.cached_property
     def _template(self) -> jinja2.Template:
@@ -132,10 +138,24 @@ def find_template(content: bytes | None, config: Mapping[str, Any], folder: Path
     return given if isinstance(given, str) else None
 
 
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's, which also refuses to make a number or a text that would fill the memory."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        size = (len(left) if hasattr(left, "__len__") else 1) * (len(right) if hasattr(right, "__len__") else 1)
+        numbers = [abs(x) for x in (left, right) if isinstance(x, int)]
+        whole = len(numbers) == 2
+        if operator == "**" and whole and numbers[1] * numbers[0].bit_length() > LARGEST_POWER:
+            raise jinja2.sandbox.SecurityError(f"{left} ** {right} is too large a number")
+        if operator == "*" and not whole and size * max(numbers, default=0) > LARGEST_TEXT:
+            raise jinja2.sandbox.SecurityError(f"a text or list repeated {max(numbers)} times is too long")
+        return super().call_binop(context, operator, left, right)
+
+
 def _environment() -> jinja2.Environment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

@@ -297,7 +297,7 @@ def prepare(
         if len(train) < len(folders):
             raise nothing_to_train_on(config)
         if held_out.kind == "file":
-            source = open_source(kind_of(held_out.path), held_out.path, config.field)
+            source = open_source(kind_of(held_out.path), held_out.path, config.field, "config.data.held_out")
             folders = [write(source, held_out, tokenizer, config, cache, bar, threads, all_held_out=True)]
         test = [folder / "held_out" for folder in folders if (folder / "held_out").exists()]
         if held_out.kind != "none" and not test:

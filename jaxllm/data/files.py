@@ -61,6 +61,8 @@ def _expand(item: str, suffixes: Sequence[str], what: str) -> list[InputFile]:
 
 def _nearest(path: Path) -> str:
     """A hint: the nearest parent that exists, or a file of a similar name."""
+    if os.path.lexists(path):
+        return " What is there is a link that leads nowhere, or no file that can be read to its end."
     parent = next((p for p in path.parents if p.exists()), Path("."))
     if parent != path.parent:
         return f" Not even the folder {path.parent} is there."

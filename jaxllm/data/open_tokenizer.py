@@ -44,7 +44,10 @@ def load_with_template(path: str | Path, config: DataConfig) -> Tokenizer:
     Raises:
       UserError: no tokenizer there, no such template, or one that writes special tokens which the tokenizer lacks.
     """
-    tokenizer = load_tokenizer(path)
+    try:
+        tokenizer = load_tokenizer(path)
+    except UserError as error:
+        raise UserError(f"config.data.tokenizer: {error}") from error
     source = named_template(config.chat_template)
     if source is None:
         return tokenizer
@@ -89,7 +92,10 @@ def _trained(
             ]
             if not passages:
                 raise nothing_to_train_on(config)
-            train_tokenizer(passages, kind=algorithm, vocab_size=vocab_size, specials=specials).save(folder)
+            try:
+                train_tokenizer(passages, kind=algorithm, vocab_size=vocab_size, specials=specials).save(folder)
+            except UserError as error:
+                raise UserError(f"config.data.tokenizer={config.tokenizer}: {error}") from error
 
     return shards.cached(cache, f"tokenizer-{key}", train)
 

@@ -141,7 +141,7 @@ def prepare_prompts(config: DataConfig, *, max_prompt_length: int) -> PromptSet:
         train.append([prompt for prompt, is_held_out in split if not is_held_out])
         test += [prompt for prompt, is_held_out in split if is_held_out]
     if held_out.kind == "file":
-        source = open_source(kind_of(held_out.path), held_out.path, config.field)
+        source = open_source(kind_of(held_out.path), held_out.path, config.field, "config.data.held_out")
         test = [prompt for prompt, _ in reader.read(source, HeldOut())]
     if not all(train):
         raise reader.nothing_fits() if reader.dropped else nothing_to_train_on(config)

@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -73,15 +72,15 @@ class TokenStream:
     def __init__(self, folder: Path):
         """Opens the stream in `folder`. UserError where a file of it is missing or cut off."""
         self.index = _read_index(folder)
-        self.document_starts: Int[np.ndarray, " documents+1"] = np.load(folder / DOCUMENTS, mmap_mode="r")
+        self.document_starts: Int[np.ndarray, " documents+1"] = _mapped(folder / DOCUMENTS)
         # Ranges of tokens, in order; None where all are learned.
         self.supervised: Int[np.ndarray, "ranges 2"] | None = None
         if SUPERVISED in self.index.files:
-            self.supervised = np.load(folder / SUPERVISED, mmap_mode="r")
+            self.supervised = _mapped(folder / SUPERVISED)
         # Of each document, where any has one: by how much it is better than the next one.
         self.margins: Float[np.ndarray, " documents"] | None = None
         if MARGINS in self.index.files:
-            self.margins = np.load(folder / MARGINS, mmap_mode="r")
+            self.margins = _mapped(folder / MARGINS)
         shards = [str(folder / name) for name in sorted(self.index.files) if not name.endswith(".npy")]
         self._records = grain.sources.ArrayRecordDataSource(shards)
 
@@ -104,6 +103,10 @@ class TokenStream:
         for begin, end in self.supervised[first:last] - start:
             learned[max(begin, 0) : end] = True
         return learned
+
+
+def _mapped(file: Path) -> np.ndarray:
+    return np.load(file, mmap_mode="r", allow_pickle=False)
 
 
 def _read_index(folder: Path) -> StreamIndex:
@@ -290,7 +293,7 @@ def cached(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
     final = cache / name
     if final.exists():
         return final
-    host = socket.gethostname()
+    host = os.uname().nodename
     partial = cache / f".partial-{name}-{host}-{os.getpid()}"
     try:
         cache.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,8 @@ from jaxllm.data.config import DataConfig
 from jaxllm.data.json_csv import read_csv, read_json_list
 from jaxllm.errors import UserError, did_you_mean
 
+PATH = "config.data.path"
+
 
 class Document(NamedTuple):
     """A text and where it is from."""
@@ -299,13 +301,14 @@ SOURCES: dict[str, Kind] = {
 }
 
 
-def open_source(kind: str, path: str, field: str = "text") -> Source:
+def open_source(kind: str, path: str, field: str = "text", named: str = "") -> Source:
     """The documents of one source.
 
     Args:
       kind: one of `SOURCES`, or "tfds:name/config:split" (then `path` is its data_dir).
       path: files, globs or folders, joined by commas.
       field: the field of a record that holds the text.
+      named: the field of the config that names the path, for messages.
 
     Raises:
       UserError: an unknown kind, or a path where there is nothing.
@@ -313,10 +316,12 @@ def open_source(kind: str, path: str, field: str = "text") -> Source:
     if kind.startswith("tfds:"):
         return TfdsSource(kind.removeprefix("tfds:"), path, field)
     if kind not in SOURCES:
-        raise UserError(
-            f"'{kind}' is no source of data. {did_you_mean(kind, [*SOURCES, 'tfds:name:split', 'mixture'])}"
-        )
-    return FileSource(kind, path, field)
+        way_out = did_you_mean(kind, [*SOURCES, "tfds:name:split", "mixture"])
+        raise UserError(f"'{kind}' is no source of data. {way_out} See config.data.source.")
+    try:
+        return FileSource(kind, path, field)
+    except UserError as error:
+        raise UserError(f"{named}: {error}" if named else str(error)) from error
 
 
 def kind_of(path: str) -> str:
@@ -339,7 +344,7 @@ def open_components(config: DataConfig) -> list[Component]:
       UserError: as `open_source`; a mixture that cannot be read, or weights that are not positive numbers.
     """
     if config.source != "mixture":
-        return [Component(open_source(config.source, config.path, config.field), 1.0)]
+        return [Component(open_source(config.source, config.path, config.field, PATH), 1.0)]
     example = "text:a.txt=0.7,jsonl:b.jsonl.gz=0.3"
     parts = re.findall(r"\s*(.+?)=([^=,]*)(?:,|$)", config.path)
     if not parts or ",".join(f"{spec}={weight}" for spec, weight in parts) != config.path.replace(", ", ","):
@@ -349,11 +354,11 @@ def open_components(config: DataConfig) -> list[Component]:
 
 def _mixture_source(spec: str, field: str) -> Source:
     if spec.startswith("tfds:"):
-        return open_source(spec, "", field)
+        return open_source(spec, "", field, PATH)
     kind, colon, path = spec.partition(":")
     if not colon:
         raise UserError(f"config.data.path: {spec!r} in the mixture has no kind. Write for example text:{spec}=1")
-    return open_source(kind, path, field)
+    return open_source(kind, path, field, PATH)
 
 
 def _weight(text: str, spec: str) -> float:

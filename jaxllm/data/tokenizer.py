@@ -303,6 +303,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         raise UserError(
             f"{path}: no such tokenizer. Give a folder with {JSON_FILE}, a sentencepiece .model file, or bpe:N."
         )
+    if not file.is_file():  # to open a pipe would be to wait for somebody who writes into it
+        raise UserError(f"{file} is no file. Give a folder with {JSON_FILE}, or a sentencepiece .model file.")
     if file.suffix == ".json":
         from jaxllm.data.huggingface_tokenizer import open_huggingface_tokenizer  # imports this module
 

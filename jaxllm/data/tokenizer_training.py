@@ -14,6 +14,7 @@ from jaxllm.errors import UserError
 KINDS = ("bpe", "unigram")
 SPECIALS = ("<pad>", "<unk>", "<s>", "</s>")  # ids 0 to 3; the user's own special tokens follow
 SAMPLE_BYTES = 32 << 20  # text to learn from; more is sampled down
+MOST_PIECES = 1 << 24
 CHUNK = 1000  # characters of a training sentence
 
 
@@ -57,6 +58,8 @@ def train_tokenizer(
     names = [*SPECIALS, *specials]
     if twice := sorted({name for name in names if not name or names.count(name) > 1}):
         raise UserError(f"Special tokens need distinct names that are not empty; {', '.join(map(repr, twice))} is not.")
+    if vocab_size > MOST_PIECES:
+        raise UserError(f"A {kind} tokenizer of {vocab_size} pieces is too large: at most {MOST_PIECES}.")
     passages = sample_passages(texts, sample_bytes)
     if not any(passage.strip() for passage in passages):
         raise UserError("There is no text to train a tokenizer on.")
@@ -66,7 +69,7 @@ def train_tokenizer(
             sentence_iterator=iter(passages),
             model_writer=model,
             model_type=kind,
-            vocab_size=vocab_size,
+            vocab_size=max(vocab_size, len(names) + 256),  # with less it does not say how many the text needs
             character_coverage=coverage,
             byte_fallback=True,
             split_digits=True,

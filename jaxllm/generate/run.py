@@ -15,8 +15,9 @@ from jaxllm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.generate.decode import Weights
 from jaxllm.layout import zero
-from jaxllm.layout.config import MeshConfig
+from jaxllm.layout.config import LayoutConfig, MeshConfig
 from jaxllm.layout.layout import Layout, as_dtype, make_layout
+from jaxllm.layout.named import is_named
 from jaxllm.layout.scope import joined, like
 from jaxllm.model.attention_check import check_backend
 from jaxllm.model.spec import ModelSpec, model_spec
@@ -47,6 +48,9 @@ def refuse_bidirectional(run: Run, what: str) -> None:
 def read_run_config(workdir: str | Path, flag: str = "--workdir") -> Config:
     """The config that the run in `workdir`, which the user gave as `flag`, was started with.
 
+    A table of rules or a schedule in a Python file of the user's is the default one here: a run that somebody else made
+    must not decide which file is executed. Named again by flag, it is taken.
+
     Raises:
       UserError: no such folder, or one that holds no run.
     """
@@ -60,11 +64,29 @@ def read_run_config(workdir: str | Path, flag: str = "--workdir") -> Config:
     if not workdir.is_dir():
         raise UserError(f"{flag} {workdir}: no such folder. It is the one that `jaxllm train --workdir` wrote.")
     try:
-        return read_config(json.loads(file.read_text(encoding="utf-8")))
+        return _without_python(read_config(json.loads(file.read_text(encoding="utf-8"))), file)
     except FileNotFoundError:
         raise UserError(f"{flag} {workdir} holds no run: there is no config.json in it.") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: not JSON: {error.msg}.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read as the config of a run: {error}.") from None
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def _without_python(config: Config, file: Path) -> Config:
+    usual, layout = LayoutConfig(), config.layout
+    for field in ("rules", "schedule"):
+        if is_named(name := getattr(layout, field)):
+            other = getattr(usual, field)
+            print(
+                f"{file}: config.layout.{field}={name} is Python, which a stored config does not run; using {other}. "
+                f"If you trust the file: --config.layout.{field}={name}",
+                file=sys.stderr,
+            )
+            layout = dataclasses.replace(layout, **{field: other})
+    return dataclasses.replace(config, layout=layout)
 
 
 def layout_for_use(config: Config, num_devices: int) -> Config:

@@ -51,7 +51,7 @@ def _nearest(sizes: dict[str, int], num_devices: int) -> str:
     """The way out: the largest sizes at or below those asked for that divide the devices; `data` takes the rest."""
     fitted, left = {}, num_devices
     for axis in ("model", "context", "expert", "replica", "pipeline"):
-        size = max(d for d in range(1, max(sizes[axis], 1) + 1) if left % d == 0)
+        size = max(d for d in range(1, min(max(sizes[axis], 1), left) + 1) if left % d == 0)
         fitted[axis], left = size, left // size
     flags = [f"--config.mesh.{axis}={fitted[axis]}" for axis in AXES if axis != "data" and sizes[axis] != 1]
     return "Nearest mesh that fits: " + " ".join([f"--config.mesh.data={left}", *flags])

@@ -92,7 +92,7 @@ def make_rules(name: str, overrides: str | Mapping[str, MeshAxes] = "", *, seque
         rules = dataclasses.replace(rules, residual_length=(*rules.mesh_axes("residual_length"), "model"))
     rows = parse_overrides(overrides) if isinstance(overrides, str) else dict(overrides)
     for logical, mesh_axes in rows.items():
-        _check_row(logical, mesh_axes)
+        _check_row(logical, mesh_axes, "config.layout.rule_overrides: " if isinstance(overrides, str) else "")
     return dataclasses.replace(rules, **rows)
 
 
@@ -125,7 +125,7 @@ def parse_overrides(text: str) -> dict[str, tuple[str, ...]]:
 
 def _check_row(logical: str, mesh_axes: MeshAxes, source: str = "") -> None:
     if logical not in LOGICAL_AXES:
-        raise UserError(f"layout rule '{logical}': no such logical axis. {did_you_mean(logical, LOGICAL_AXES)}")
+        raise UserError(f"{source}layout rule '{logical}': no such logical axis. {did_you_mean(logical, LOGICAL_AXES)}")
     if not isinstance(mesh_axes, str | tuple | list | None):
         raise UserError(f"{source}layout rule '{logical}={mesh_axes!r}' must be a mesh axis, a tuple of them, or None.")
     named = (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes or ())

@@ -70,6 +70,11 @@ def _checked(layout: Layout, config: ModelConfig, compute: str, platform: str) -
             _differences(layout, _shown(config), config.num_heads, config.num_kv_heads, config.head_dim, compute)
         )
     except (RuntimeError, ValueError, NotImplementedError) as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise UserError(
+                f"config.model: the attention of {config.num_heads} heads of {config.head_dim} does not fit into a "
+                f"device's memory, be it of {LENGTH} tokens a row. Use fewer heads, or split them: config.mesh.model."
+            ) from error
         if layout.attention == "xla":
             raise
         reason = str(error).strip().splitlines()[0]

@@ -1,5 +1,7 @@
 """What can be said of reward, dpo, ppo and grpo before anything is compiled."""
 
+import math
+
 from jaxllm.errors import UserError
 from jaxllm.steps import STEPS
 from jaxllm.steps.check_alignment import check_options
@@ -92,7 +94,6 @@ def _check_rollout(config: Config) -> None:
 
 
 def _nearest_prompts(prompts: int, samples: int, size: int) -> str:
-    fitting = [n for n in range(1, prompts + size + 1) if n * samples % size == 0]
-    below = [n for n in fitting if n <= prompts][-1:]
-    above = [n for n in fitting if n > prompts][:1]
-    return " or ".join(map(str, below + above))
+    fitting = size // math.gcd(size, samples)  # and its multiples
+    below = prompts // fitting * fitting
+    return " or ".join(str(n) for n in (below, below + fitting) if n)

@@ -1,7 +1,6 @@
 """Everything that can be said about a config before anything is compiled: each mistake with the nearest way out."""
 
 import math
-from collections.abc import Callable
 
 from jax.sharding import AbstractMesh
 
@@ -23,6 +22,7 @@ from jaxllm.model.spec import ACTIVATIONS, model_spec
 from jaxllm.steps import STEPS
 from jaxllm.train.check_adapter import check_adapter
 from jaxllm.train.check_alignment import check_alignment
+from jaxllm.train.check_values import check_values, value_of
 from jaxllm.train.config import Config
 from jaxllm.train.optimizer import check_optimizer, make_schedule
 
@@ -49,71 +49,7 @@ CHOICES = {
     "data.truncation": TRUNCATION,
     "train.spike": ("log", "skip", "rollback"),
 }
-_AT_LEAST = {
-    "model.num_layers": 1,
-    "model.embed_dim": 1,
-    "model.num_heads": 1,
-    "model.num_kv_heads": 0,
-    "model.head_dim": 0,
-    "model.mlp_dim": 0,
-    "model.vocab_size": 0,
-    "model.max_length": 2,
-    "model.sliding_window": 0,
-    "model.token_types": 0,
-    "model.num_experts": 0,
-    "model.experts_per_token": 1,
-    "model.router_balance_loss": 0,
-    "model.router_z_loss": 0,
-    "model.rope_factor": 1,
-    "model.rope_original_length": 0,
-    "model.rope_attention_factor": 0,
-    "model.z_loss": 0,
-    "model.neftune_alpha": 0,
-    "adapter.rank": 1,
-    "adapter.num_virtual_tokens": 1,
-    "adapter.encoder_dim": 0,
-    "adapter.encoder_layers": 1,
-    "layout.num_microbatches": 1,
-    "data.length": 0,
-    "data.batch_size": 1,
-    "train.steps": 1,
-    "train.log_every": 1,
-    "train.eval_every": 0,
-    "train.eval_batches": 0,
-    "train.checkpoint_every": 0,
-    "train.keep": 1,
-    "train.keep_best": 0,
-    "train.max_nonfinite": 0,
-    "train.spike_window": 2,
-    "train.spike_steps": 1,
-    "train.audit_every": 0,
-    "train.hang_timeout": 0,
-    "train.max_unsaved_minutes": 0,
-    "train.profile_start": -1,
-    "train.profile_steps": 1,
-}
-
-_ABOVE_ZERO = (
-    "model.rope_theta",
-    "model.rope_low_frequency_factor",
-    "model.rope_high_frequency_factor",
-    "model.rope_beta_fast",
-    "model.rope_beta_slow",
-    "model.capacity_factor",
-    "model.norm_epsilon",
-    "model.init_std",
-    "adapter.alpha",
-    "train.spike_z",
-)
-
-# name: (rule, what it says)
-_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "model.dropout": (lambda x: 0 <= x < 1, "from 0 up to, not including, 1"),
-    "model.attention_dropout": (lambda x: 0 <= x < 1, "from 0 up to, not including, 1"),
-    "adapter.dropout": (lambda x: 0 <= x < 1, "from 0 up to, not including, 1"),
-    "data.mask_fraction": (lambda x: 0 < x < 1, "between 0 and 1"),
-    "layout.zero_stage": (lambda x: x in (0, 1, 2, 3), "0, 1, 2 or 3"),
-}
+MOST_UNROLLED = 256  # layers
 
 
 def check(config: Config, num_devices: int) -> None:
@@ -146,32 +82,16 @@ def check(config: Config, num_devices: int) -> None:
 def check_for_use(config: Config, num_devices: int) -> None:
     """Checks what generation and evaluation need of `config`. Raises as `check`."""
     for name, choices in CHOICES.items():
-        one_of(f"config.{name}", _value(config, name), choices)
-    for name, least in _AT_LEAST.items():
-        _refuse_unless(_value(config, name) >= least, config, name, f"{least} or more")
-    for name in _ABOVE_ZERO:
-        _refuse_unless(_value(config, name) > 0, config, name, "above 0")
-    if not 0 <= config.seed < 2**32:  # JAX's keys take no more of it
-        raise UserError(f"config.seed={config.seed} must be from 0 up to {2**32 - 1}.")
-    for name, (rule, says) in _RANGES.items():
-        _refuse_unless(rule(_value(config, name)), config, name, says)
+        one_of(f"config.{name}", value_of(config, name), choices)
+    check_values(config)
     layout = config.layout
     rules = make_rules(layout.rules, layout.rule_overrides, sequence_parallel=layout.sequence_parallel)
     shape = mesh_shape(config.mesh, num_devices)
     _check_model(config)
+    _check_unrolled(config)
     _check_experts(config, rules, shape)
     _check_split(config, rules, shape)
     _check_own_rules(config, rules, shape, every_row_works=False)
-
-
-def _value(config: Config, name: str):
-    group, field = name.split(".")
-    return getattr(getattr(config, group), field)
-
-
-def _refuse_unless(fine: bool, config: Config, name: str, says: str) -> None:
-    if not fine:  # a NaN is refused too: every comparison with it is false
-        raise UserError(f"config.{name}={_value(config, name)} must be {says}.")
 
 
 def _check_experts(config: Config, rules: Rules, shape: dict[str, int]) -> None:
@@ -216,6 +136,14 @@ def _check_model(config: Config) -> None:
     head_dim = model.head_dim or model.embed_dim // model.num_heads
     if model.positions == "rope" and head_dim % 2:
         raise UserError(f"config.model: head_dim={head_dim} is odd, but rope turns pairs. Choose an even head_dim.")
+
+
+def _check_unrolled(config: Config) -> None:
+    if not config.layout.scan_layers and config.model.num_layers > MOST_UNROLLED:
+        raise UserError(
+            f"config.layout.scan_layers=False writes config.model.num_layers={config.model.num_layers} layers out one "
+            f"after the other, at most {MOST_UNROLLED}: to compile more takes hours. Use --config.layout.scan_layers."
+        )
 
 
 def _check_split(config: Config, rules: Rules, shape: dict[str, int]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxllm.config import defaults, one_of, read_group
+from jaxllm.config import check_type, defaults, one_of, read_group
 from jaxllm.data.config import DataConfig
 from jaxllm.errors import UserError, did_you_mean
 from jaxllm.layout.config import ClusterConfig, LayoutConfig, MeshConfig
@@ -112,11 +112,15 @@ def read_config(values: Mapping[str, Any]) -> Config:
     Raises:
       UserError: an unknown field or group, a value of another type, or an unknown train step.
     """
+    if not hasattr(values, "items"):
+        raise UserError(f"a config must be an object of groups, not a {type(values).__name__}.")
     fields = {f.name for f in dataclasses.fields(Config)}
     for name in values:
         if name not in fields:
             raise UserError(f"config.{name} is not a field. {did_you_mean(name, fields)}")
     plain = {name: values[name] for name in values if name not in GROUPS}
+    for name, value in plain.items():
+        check_type(value, getattr(Config(), name), name)
     one_of("config.train_step", plain.get("train_step", "pretrain"), TRAIN_STEPS)
     return Config(**plain, **{n: read_group(g, values.get(n, {}), n) for n, g in GROUPS.items()})
 

@@ -56,7 +56,7 @@ class PrecomputedReference:
           UserError: it is not there, or of other pairs.
         """
         try:
-            with np.load(self._file) as stored:
+            with np.load(self._file, allow_pickle=False) as stored:
                 table, identity = stored["log_probs"], str(stored["identity"])
         except (OSError, KeyError, ValueError):
             table, identity = None, ""

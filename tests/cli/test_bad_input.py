@@ -104,7 +104,7 @@ FIELDS = {
         "optimizer.learning_rate=-1e-3",
         "config.optimizer.learning_rate=-0.001 must be above 0.",
     ),
-    "learning rate not a number": ("optimizer.learning_rate=nan", "must be above 0."),
+    "learning rate not a number": ("optimizer.learning_rate=nan", "must be a finite number."),
     "warmup longer than the run": ("train.steps=5", "Lower them, say to --config.optimizer.warmup_steps=0"),
     "no steps": ("train.steps=0", "config.train.steps=0 must be 1 or more."),
     "no layers": ("model.num_layers=0", "config.model.num_layers=0 must be 1 or more."),

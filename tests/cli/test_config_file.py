@@ -105,7 +105,7 @@ def test_override_mistakes(file, overrides, says):
             FILE.replace("num_layers=int(size)", "num_layer=2"),
             ":6: 'num_layer' is not a field. Did you mean 'num_layers'?",
         ),
-        (FILE.replace("num_layers=int(size)", "num_layers='x'"), ":6: TypeError"),
+        (FILE.replace("num_layers=int(size)", "num_layers='x'"), ":6: 'num_layers' is set to what it cannot be"),
         ("def get_config():\n    return {'mesh': {'modle': 2}}\n", "Did you mean 'config.mesh.model'?"),
         ("def get_config():\n    return {'mesh': {'model': 'x'}}\n", "config.mesh.model='x' must be a whole number"),
     ],
