@@ -173,7 +173,7 @@ def read_sharding(sharding: NamedSharding, shape: tuple[int, int]) -> NamedShard
     devices hand them on: so no row is read by two processes, as far as the devices divide the batch.
     """
     local_rows(sharding, shape)  # says what does not divide
-    processes = {device.process_index for device in sharding.mesh.devices.flat}
+    processes = {process_of(device) for device in sharding.mesh.devices.flat}
     of_batch = sharding.spec[0] or ()
     of_batch = (of_batch,) if isinstance(of_batch, str) else tuple(of_batch)
     every_axis = (*of_batch, *(axis for axis in sharding.mesh.axis_names if axis not in of_batch))
@@ -183,11 +183,16 @@ def read_sharding(sharding: NamedSharding, shape: tuple[int, int]) -> NamedShard
     return everywhere
 
 
+def process_of(device: jax.Device) -> int:
+    """The process that a device belongs to."""
+    return device.process_index
+
+
 def _reads_once(sharding: NamedSharding, shape: tuple[int, int]) -> bool:
     """Whether no two processes hold the same row."""
     holders: dict[tuple[int, int, int], int] = {}
     for device, index in sharding.devices_indices_map(shape).items():
-        if holders.setdefault(index[0].indices(shape[0]), device.process_index) != device.process_index:
+        if holders.setdefault(index[0].indices(shape[0]), process_of(device)) != process_of(device):
             return False
     return True
 

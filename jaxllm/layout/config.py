@@ -42,4 +42,5 @@ class LayoutConfig:
     remat: str = "none"  # what the backward pass recomputes: none | selective | full
     scan_layers: bool = True  # one compiled layer looped; False unrolls (about 1.3 times as fast on CPU)
     allow_replication: bool = False  # warn of tensors that are whole by accident (layout/compile_check.py), go on
+    model_across_nodes: bool = False  # let the mesh axis `model` leave a node, whose network is much slower
     attention: str = "auto"  # auto | xla | cudnn: the attention backend; see model/attention.py

@@ -122,7 +122,7 @@ def make_layout(
     one_of("config.layout.remat", layout.remat, REMAT)
     one_of("config.layout.context_attention", layout.context_attention, CONTEXT_ATTENTION)
     return Layout(
-        mesh=make_mesh(mesh, devices),
+        mesh=make_mesh(mesh, devices, model_across_nodes=layout.model_across_nodes),
         rules=make_rules(layout.rules, layout.rule_overrides, sequence_parallel=layout.sequence_parallel),
         zero_stage=layout.zero_stage,
         num_microbatches=layout.num_microbatches,

@@ -57,7 +57,9 @@ def _nearest(sizes: dict[str, int], num_devices: int) -> str:
     return "Nearest mesh that fits: " + " ".join([f"--config.mesh.data={left}", *flags])
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    config: MeshConfig, devices: Sequence[jax.Device] | None = None, *, model_across_nodes: bool = True
+) -> Mesh:
     """The mesh over `devices` (default: all), nodes outermost.
 
     Devices are taken in the order (process, device id), so each axis is as near as the axes inside it allow: with
@@ -65,19 +67,32 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     the network. That is the hybrid mesh of a cluster whose nodes are all-to-all inside (NVLink).
 
     Raises:
-      UserError: sizes that do not fit the devices, or `model` spread unevenly over nodes.
+      UserError: sizes that do not fit the devices, or `model` spread unevenly over nodes, or over several
+        where that is not meant.
     """
     devices = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
     shape = mesh_shape(config, len(devices))
-    nodes = len({d.process_index for d in devices})
+    nodes = len({node_of(device) for device in devices})
     a_node = len(devices) // nodes
     if a_node % shape["model"] and shape["model"] % a_node:
         raise UserError(
             f"config.mesh.model={shape['model']} would straddle nodes of {a_node} devices unevenly. "
             f"Choose a divisor of {a_node}."
         )
+    if shape["model"] > a_node and not model_across_nodes:
+        raise UserError(
+            f"config.mesh.model={shape['model']} would leave a node of {a_node} devices: every layer would all-reduce "
+            f"over the network between nodes. Use --config.mesh.model={a_node} and more of data or pipeline, or say "
+            "--config.layout.model_across_nodes=true."
+        )
     grid = np.array(devices).reshape(tuple(shape[axis] for axis in AXES))
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def node_of(device: jax.Device) -> int:
+    """Which node a device is in: where JAX knows it (of GPUs: what NVLink joins), else its process is taken for one."""
+    of_gpu = getattr(device, "slice_index", None) if getattr(device, "platform", "") == "gpu" else None
+    return device.process_index if of_gpu is None else of_gpu
 
 
 def platform_of(device: jax.Device) -> str:

@@ -8,6 +8,7 @@ all processes of a run agree on.
 """
 
 import contextlib
+import errno
 import importlib.metadata
 import math
 import shutil
@@ -128,6 +129,7 @@ class Checkpoints:
             "arrays_hash": tree_hash(arrays) if arrays else "",
             "state_hash": tree_hash(rest_of(state)),
         }
+        self._refuse_without_room(step, state)
         items = {
             "params": ocp.args.StandardSave(without_critic(state.own)),
             "state": ocp.args.StandardSave(nested(rest_of(state))),
@@ -220,6 +222,14 @@ class Checkpoints:
         self._save.start(items)
         if jax.process_count() == 1 and self.save_failed:
             self.wait()
+
+    def _refuse_without_room(self, step: int, state: TrainState) -> None:
+        """Raises SaveFailed where there is no room for an eighth of the bytes: moments that are zero compress well."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves((state.own, rest_of(state)))) // 8
+        free = shutil.disk_usage(self.directory).free if jax.process_index() == 0 else needed
+        if any_process(free < needed):
+            raise self._failure(str(step), OSError(errno.ENOSPC, f"{free:,} bytes are free"))
 
     def _remove_unfinished(self, folder: Path) -> None:
         if jax.process_index() == 0 and self.directory.is_dir():

@@ -39,7 +39,12 @@ class Save:
         self._finished, self._begun = finished, time.monotonic()
         self._off = threading.Event()
         self.error: BaseException | None = None
-        options = ocp.options.AsyncOptions(timeout_secs=COMMIT_SECONDS, barrier_sync_fn=self._barrier)
+        options = ocp.options.AsyncOptions(
+            timeout_secs=COMMIT_SECONDS,
+            barrier_sync_fn=self._barrier,
+            # Else its threads would wait for folders that a full disk never takes, and keep the process from ending.
+            create_directories_asynchronously=False,
+        )
         # Orbax would write a part in a thread of which no error is heard.
         metadata = ocp.metadata.metadata_store(enable_write=True, blocking_write=True)
         self._orbax = ocp.AsyncCheckpointer(handler, async_options=options, checkpoint_metadata_store=metadata)
