@@ -225,7 +225,7 @@ def try_case(case: Case, files: Files, *, trains: bool = False) -> Outcome:
     argv = arguments(case, files)
 
     def lowers() -> None:
-        with mock.patch("jaxllm.train.loop.compile_checked", side_effect=_Lowered), contextlib.suppress(_Lowered):
+        with mock.patch("jaxllm.train.prepare.compile_checked", side_effect=_Lowered), contextlib.suppress(_Lowered):
             raise AssertionError(f"it ended with {train.main(argv)} before its step was lowered")
 
     def runs() -> None:

@@ -26,6 +26,7 @@ VERBS = {
     "instructions": "sets of examples for fine-tuning: cleaned, written by a model, looked into",
     "layouts": "every layout of a model on N devices: legal, measured",
     "plan": "whether a run fits a cluster, what it sends and how long it takes, without a GPU",
+    "fabric": "GB/s of each mesh axis at hand, beside the cluster's table",
     "explain": "where each tensor lies under a layout, and what each collective is for",
 }
 

@@ -17,7 +17,7 @@ from jaxllm.plan.job import make_job
 from jaxllm.plan.memory import memory
 from jaxllm.plan.program import make_program
 from jaxllm.plan.traffic import axis_traffic
-from jaxllm.train import loop
+from jaxllm.train import loop, prepare
 from jaxllm.train.config import Config
 from jaxllm.train.state import bytes_per_device
 from tests.plan.published import published_runs
@@ -117,7 +117,7 @@ def test_bloom_under_its_published_layout():
 
 def test_plan_and_run_agree_on_virtual_devices(tmp_path, monkeypatch, capsys):
     """`memory_analysis` of the step that a run compiles, and of the plan's, on the same kind of devices: within 1 %."""
-    told, steps, of_steps = [], [], loop.compiled_line
+    told, steps, of_steps = [], [], prepare.compiled_line
 
     def expects(config: Config, layout):
         told.append(config)
@@ -127,7 +127,7 @@ def test_plan_and_run_agree_on_virtual_devices(tmp_path, monkeypatch, capsys):
         steps.append(step.memory_analysis())
         return of_steps(planned, step)
 
-    monkeypatch.setattr(loop, "compiled_line", compiled_line)
+    monkeypatch.setattr(prepare, "compiled_line", compiled_line)
     tiny_run.write_text(tmp_path / "text.txt")
     changes = {"train.steps": 2, "train.log_every": 1, "optimizer.warmup_steps": 1, "mesh.data": 2, "mesh.model": 2}
     config = tiny_run.tiny_config(tmp_path / "text.txt", tmp_path / "cache", **changes, **{"layout.zero_stage": 2})
