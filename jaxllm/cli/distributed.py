@@ -19,6 +19,7 @@ _ENVIRONMENT = {
     "process_id": "JAX_PROCESS_ID",
 }
 COMPLETION_INDEX = "JOB_COMPLETION_INDEX"  # which Kubernetes gives the pods of an indexed job
+JOIN_SECONDS = (60, 300)  # at least and at most, for all processes to join
 HEARTBEAT_SECONDS = 100  # a process that was silent for so long is taken for dead, and the others end
 _PORTS = 2**12  # at the upper end of the range: by the job's number
 
@@ -127,7 +128,7 @@ def initialize(options: argparse.Namespace, silent_seconds: float = HEARTBEAT_SE
     """Joins the processes, where the run has several.
 
     Args:
-      silent_seconds: after which a process that sends no heartbeat is taken for dead.
+      silent_seconds: after which a process that sends no heartbeat, or never joins, is taken for dead.
 
     Raises:
       UserError: what the flags say cannot be.
@@ -139,6 +140,7 @@ def initialize(options: argparse.Namespace, silent_seconds: float = HEARTBEAT_SE
 
     jax.distributed.initialize(
         **keywords,
+        initialization_timeout=int(min(max(silent_seconds, JOIN_SECONDS[0]), JOIN_SECONDS[1])),
         cluster_detection_method="deactivate",  # what it would find is found above
         heartbeat_timeout_seconds=max(int(min(silent_seconds, HEARTBEAT_SECONDS)), 2),
         shutdown_timeout_seconds=60,

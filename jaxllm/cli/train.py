@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     _check_workdir(workdir)
     config = load_config(options.config, overrides)
 
-    distributed.initialize(options)
+    distributed.initialize(options, config.train.hang_timeout or distributed.HEARTBEAT_SECONDS)
     import jax  # after the config is read: a mistake in it is answered at once
 
     from jaxllm.train.checks import check
