@@ -22,7 +22,7 @@ LAYOUTS = {
     "pipeline": ("mesh.pipeline=2", "mesh.model=2", "mesh.data=2", "layout.num_microbatches=2"),
     "context": ("mesh.context=8", "mesh.data=1", "layout.zero_stage=1"),
 }
-FEW = ("train.steps=4", "train.eval_every=4", "train.checkpoint_every=2")
+FEW = ("train.steps=4", "optimizer.warmup_steps=1", "train.eval_every=4", "train.checkpoint_every=2")
 
 
 @pytest.fixture(scope="module")
