@@ -3,7 +3,7 @@
 import json
 
 from jaxllm.cli import distributed
-from jaxllm.cli.config_file import merge, override
+from jaxllm.cli.config_file import override
 from jaxllm.cli.flags import Parser
 from jaxllm.errors import UserError
 from jaxllm.train.config import base_config, read_config
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     options, overrides = parser.parse_with_overrides(argv)
     if not 0 < options.megabytes <= 16_384:
         raise UserError(f"--megabytes={options.megabytes:g} must be above 0 and at most 16384.")
-    config = read_config(override(merge(base_config().to_dict()), overrides))
+    config = read_config(override(base_config(), overrides))
     distributed.initialize(options)
     import jax
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -74,9 +75,8 @@ def _measure(mesh: Mesh, axis: str, name: str, num_bytes: int, cluster: Cluster 
 
 def crosses_nodes(mesh: Mesh, axis: str) -> bool:
     """Whether devices that differ along this axis alone are in several nodes."""
-    lines = jnp.moveaxis(jnp.arange(mesh.size).reshape(tuple(mesh.shape.values())), mesh.axis_names.index(axis), -1)
-    devices = list(mesh.devices.flat)
-    return any(len({node_of(devices[i]) for i in line}) > 1 for line in lines.reshape(-1, mesh.shape[axis]).tolist())
+    lines = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), -1).reshape(-1, mesh.shape[axis])
+    return any(len({node_of(device) for device in line}) > 1 for line in lines)
 
 
 def _all_reduce(x: Array, axis: str, size: int) -> Array:

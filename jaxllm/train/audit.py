@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, UInt32
 
 from jaxllm.layout.mesh import in_order
+from jaxllm.train.tree_hash import bits_and_positions
 
 
 class Difference(NamedTuple):
@@ -75,9 +76,5 @@ def _odd_ones(leaf: jax.ShapeDtypeStruct, of_device: dict[jax.Device, int]) -> l
 
 def _sum_of_bits(shard: Array) -> UInt32[Array, ""]:
     """Of the bits of each element, each weighed by an odd number of its position."""
-    word = jnp.dtype(f"uint{8 * shard.dtype.itemsize}")
-    bits = (shard.astype(word) if shard.dtype == bool else jax.lax.bitcast_convert_type(shard, word)).astype(jnp.uint32)
-    position = jnp.zeros(shard.shape, jnp.uint32)
-    for axis, size in enumerate(shard.shape):
-        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shard.shape, axis)
+    bits, position = bits_and_positions(shard)
     return jnp.sum(bits * (position * jnp.uint32(0x9E3779B1) * 2 + 1), dtype=jnp.uint32)

@@ -119,6 +119,7 @@ class Checkpoints:
         """
         self.wait()
         step = int(state.step)
+        self._refuse_without_room(step, state)  # before the hashes, which read all of the state
         run = {
             "config": dict(config),
             "versions": _versions(),
@@ -129,7 +130,6 @@ class Checkpoints:
             "arrays_hash": tree_hash(arrays) if arrays else "",
             "state_hash": tree_hash(rest_of(state)),
         }
-        self._refuse_without_room(step, state)
         items = {
             "params": ocp.args.StandardSave(without_critic(state.own)),
             "state": ocp.args.StandardSave(nested(rest_of(state))),

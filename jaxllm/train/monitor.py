@@ -99,7 +99,8 @@ class Monitor:
 
     def _time(self, heard: Sequence[Told]) -> None:
         """How long the step took, and whom it waited for."""
-        now, before, self._last_read = time.monotonic(), self._last_read, time.monotonic()
+        now = time.monotonic()
+        before, self._last_read = self._last_read, now
         for told in heard:
             self._spent.setdefault(told.process, []).append(told)
         if before is None:

@@ -47,12 +47,18 @@ def _hasher(result: NamedSharding | None) -> Callable[[jax.Array, np.uint32], UI
     return jax.jit(_hash_leaf, out_shardings=result)
 
 
-def _hash_leaf(leaf: jax.Array, salt: UInt32[Array, ""]) -> UInt32[Array, "2"]:
+def bits_and_positions(leaf: jax.Array) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
+    """Each element's bits, and its number in row-major order. Traceable."""
     word = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
     bits = (leaf.astype(word) if leaf.dtype == bool else jax.lax.bitcast_convert_type(leaf, word)).astype(jnp.uint32)
     position = jnp.zeros(leaf.shape, jnp.uint32)
     for axis, size in enumerate(leaf.shape):
         position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    return bits, position
+
+
+def _hash_leaf(leaf: jax.Array, salt: UInt32[Array, ""]) -> UInt32[Array, "2"]:
+    bits, position = bits_and_positions(leaf)
     first = jnp.where(bits == 0, 0, _mix(bits ^ _mix(position + salt)))
     second = jnp.where(bits == 0, 0, _mix(bits * jnp.uint32(0x9E3779B1) + _mix(position ^ ~salt)))
     # One reduction of both: of two, XLA on CPUs stores each term, twice the bytes of the leaf.
