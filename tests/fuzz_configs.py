@@ -82,7 +82,7 @@ def make_base(files: Files) -> None:
     from jaxllm.layout.config import LayoutConfig, MeshConfig
     from jaxllm.layout.layout import make_layout
     from jaxllm.model.spec import model_spec
-    from jaxllm.train.checkpoint import Checkpoints
+    from jaxllm.train.checkpoint.checkpoints import Checkpoints
     from jaxllm.train.config import config_dict
     from jaxllm.train.optimizer import make_optimizer
     from jaxllm.train.state import init_state

@@ -34,7 +34,7 @@ ALLOWED = {
     ("cli/config_file.py", "compile"): "the same",
     ("layout/named.py", "exec"): "FILE.py:NAME of a config: rules, schedules and rewards of the user's own",
     ("layout/named.py", "compile"): "the same",
-    ("train/sinks.py", "wandb"): "Weights & Biases, where config.train.wandb_project names a project",
+    ("train/watch/sinks.py", "wandb"): "Weights & Biases, where config.train.wandb_project names a project",
     ("cli/main.py", "import_module"): "a verb's own file, by a name of the table VERBS",
     ("cli/instructions/__init__.py", "import_module"): "a file of the verb's, by a name of its table",
 }

@@ -21,7 +21,7 @@ from jaxllm.layout.named import is_named
 from jaxllm.layout.scope import joined, like
 from jaxllm.model.attention_check import check_backend
 from jaxllm.model.spec import ModelSpec, model_spec
-from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.checkpoint.checkpoints import Checkpoints
 from jaxllm.train.checks import check_for_use
 from jaxllm.train.config import Config, config_dict, read_config
 from jaxllm.train.initial import restore_base

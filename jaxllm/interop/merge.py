@@ -19,7 +19,7 @@ from jaxllm.model.adapter_config import NO_ADAPTER
 from jaxllm.model.frozen import thaw
 from jaxllm.model.lora_trees import merged
 from jaxllm.model.spec import ModelSpec, model_spec
-from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.checkpoint.checkpoints import Checkpoints
 from jaxllm.train.checks import check_for_use
 from jaxllm.train.config import Config, config_dict
 from jaxllm.train.initial import carry_origin

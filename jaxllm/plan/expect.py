@@ -7,7 +7,7 @@ from jaxllm.plan.job import make_job
 from jaxllm.plan.memory import memory
 from jaxllm.plan.time import step_time
 from jaxllm.train.config import Config
-from jaxllm.train.expectation import Expectation
+from jaxllm.train.watch.expectation import Expectation
 
 
 def expected(config: Config, layout: Layout) -> Expectation:

@@ -9,7 +9,7 @@ import optax
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.layout.layout import Layout, as_dtype
 from jaxllm.model.spec import ModelSpec
-from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.checkpoint.checkpoints import Checkpoints
 from jaxllm.train.config import Config
 from jaxllm.train.initial import Base, has_scalar_head, prompt_tokens, restore_base, restore_initial
 from jaxllm.train.initial_adapter import restore_initial_adapter

@@ -11,7 +11,7 @@ from jaxllm.errors import UserError, did_you_mean
 from jaxllm.model.adapter_config import AdapterConfig
 from jaxllm.model.config import ModelConfig, differing
 from jaxllm.model.spec import ModelSpec
-from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.checkpoint.checkpoints import Checkpoints
 from jaxllm.train.config import Config, read_config
 from jaxllm.train.state import Params
 

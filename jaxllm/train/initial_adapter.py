@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxllm.errors import UserError
 from jaxllm.model.actor_critic import without_critic
-from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.checkpoint.checkpoints import Checkpoints
 from jaxllm.train.config import Config, read_config
 from jaxllm.train.initial import Base, newest_identity
 from jaxllm.train.state import Params, TrainState

@@ -15,21 +15,21 @@ import jax
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import DONE, PREEMPTED, STOPPED, UserError
 from jaxllm.layout.mesh import in_order
-from jaxllm.train.audit import Audit
+from jaxllm.train.checkpoint.interval import advice
+from jaxllm.train.checkpoint.saver import Saver
 from jaxllm.train.config import Config, config_dict
-from jaxllm.train.expectation import Expects, measured
 from jaxllm.train.initial import carry_origin
-from jaxllm.train.monitor import Dispatched, Monitor, Record, hash_tokens
-from jaxllm.train.preemption import PreemptionNotice
 from jaxllm.train.prepare import Prepared, prepare
-from jaxllm.train.roll_call import RollCall, Told
-from jaxllm.train.save_interval import advice
-from jaxllm.train.saver import Saver
-from jaxllm.train.skips import MAX_ROLLBACKS, Skips
 from jaxllm.train.source import DatasetSource, OpenSource
-from jaxllm.train.spikes import Spikes
 from jaxllm.train.state import TrainState
-from jaxllm.train.step_trace import StepTrace
+from jaxllm.train.watch.audit import Audit
+from jaxllm.train.watch.expectation import Expects, measured
+from jaxllm.train.watch.monitor import Dispatched, Monitor, Record, hash_tokens
+from jaxllm.train.watch.preemption import PreemptionNotice
+from jaxllm.train.watch.roll_call import RollCall, Told
+from jaxllm.train.watch.skips import MAX_ROLLBACKS, Skips
+from jaxllm.train.watch.spikes import Spikes
+from jaxllm.train.watch.step_trace import StepTrace
 
 
 def train(

@@ -11,7 +11,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from jaxllm.train.sinks import JsonLines, Sink, TensorBoard, WeightsAndBiases
+from jaxllm.train.watch.sinks import JsonLines, Sink, TensorBoard, WeightsAndBiases
 
 # What is not the same in every repetition of a run.
 TIMES = ("tokens_per_second", "mfu", "seconds_per_step", "time", "data_wait", "host_seconds", "slowest_process")

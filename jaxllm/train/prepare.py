@@ -16,11 +16,9 @@ from jaxllm.layout.layout import Layout, make_layout
 from jaxllm.model.spec import ModelSpec
 from jaxllm.steps import STEPS
 from jaxllm.train.begin import Beginner
-from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.checkpoint.checkpoints import Checkpoints
 from jaxllm.train.checks import check
 from jaxllm.train.config import Config
-from jaxllm.train.events import Events
-from jaxllm.train.expectation import Expectation, Expects, compiled_line, planned_line
 from jaxllm.train.initial import check_initial, refuse_new_tokenizer, refuse_parameters_alone
 from jaxllm.train.initial_adapter import check_initial_adapter
 from jaxllm.train.learner import spec_of
@@ -29,12 +27,14 @@ from jaxllm.train.optimizer import make_optimizer, make_schedule
 from jaxllm.train.reference import reference_kind
 from jaxllm.train.resume import differences, refuse_breaking
 from jaxllm.train.scorer import check_critic
-from jaxllm.train.self_test import findings, self_test
 from jaxllm.train.source import OpenSource, Setting, Source
 from jaxllm.train.start import data_config, describe_run
 from jaxllm.train.state import TrainState, abstract_state
 from jaxllm.train.train_step import abstract_batch, abstract_limits, make_train_step
-from jaxllm.train.watchdog import Watchdog
+from jaxllm.train.watch.events import Events
+from jaxllm.train.watch.expectation import Expectation, Expects, compiled_line, planned_line
+from jaxllm.train.watch.self_test import findings, self_test
+from jaxllm.train.watch.watchdog import Watchdog
 
 
 class Prepared(NamedTuple):

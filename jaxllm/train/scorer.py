@@ -12,7 +12,7 @@ from jaxllm.layout.scope import like
 from jaxllm.model.actor_critic import ActorCritic
 from jaxllm.model.config import differing
 from jaxllm.model.spec import ModelSpec, model_spec
-from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.checkpoint.checkpoints import Checkpoints
 from jaxllm.train.config import Config, read_config
 from jaxllm.train.initial import newest_identity
 from jaxllm.train.initial_adapter import FREE

@@ -16,7 +16,7 @@ def run_on_disk(tmp_path_factory) -> Path:
     from jaxllm.layout.layout import make_layout
     from jaxllm.model.config import ModelConfig
     from jaxllm.model.spec import model_spec
-    from jaxllm.train.checkpoint import Checkpoints
+    from jaxllm.train.checkpoint.checkpoints import Checkpoints
     from jaxllm.train.config import Config, PrecisionConfig, config_dict
     from jaxllm.train.optimizer import make_optimizer
     from jaxllm.train.state import init_state

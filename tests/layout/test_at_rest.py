@@ -10,9 +10,9 @@ import pytest
 from jaxllm.layout.config import LayoutConfig, MeshConfig
 from jaxllm.layout.layout import make_layout
 from jaxllm.model.adapter_config import NO_ADAPTER, AdapterConfig
-from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.checkpoint.checkpoints import Checkpoints
+from jaxllm.train.checkpoint.tree_hash import tree_hash
 from jaxllm.train.state import abstract_state, bytes_per_device, init_state
-from jaxllm.train.tree_hash import tree_hash
 from tests.layout.runs import LLAMA, parts, train
 
 MODEL = dataclasses.replace(LLAMA, num_layers=6, dropout=0.0, attention_dropout=0.0)

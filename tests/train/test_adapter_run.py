@@ -20,7 +20,7 @@ from jaxllm.generate.run import open_run
 from jaxllm.layout.config import LayoutConfig, MeshConfig
 from jaxllm.model.adapter_config import AdapterConfig
 from jaxllm.train import loop
-from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.checkpoint.checkpoints import Checkpoints
 from jaxllm.train.config import base_config, config_dict, read_config
 from tests.data.conversations import conversations
 from tests.mistakes import mistake

@@ -18,10 +18,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.errors import UserError
-from jaxllm.train.checkpoint import Checkpoints
-from jaxllm.train.checkpoint_files import FILES
+from jaxllm.train.checkpoint.checkpoints import Checkpoints
+from jaxllm.train.checkpoint.files import FILES
+from jaxllm.train.checkpoint.tree_hash import tree_hash
 from jaxllm.train.state import TrainState
-from jaxllm.train.tree_hash import tree_hash
 
 OPTIMIZER = optax.chain(
     optax.scale_by_adam(), optax.add_decayed_weights(0.1), optax.scale_by_schedule(lambda step: 0.1)

@@ -20,8 +20,8 @@ from jaxllm.data.tokenizer_training import train_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.train import loop
 from jaxllm.train.metrics import Stopwatch, read_metrics
-from jaxllm.train.monitor import Monitor
 from jaxllm.train.optimizer import make_schedule
+from jaxllm.train.watch.monitor import Monitor
 
 STEPS = {"train.steps": 12, "train.profile_start": 5, "train.profile_steps": 2}
 

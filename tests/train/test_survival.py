@@ -22,15 +22,15 @@ import tiny_run
 
 from jaxllm.errors import LOST, UserError
 from jaxllm.train import loop
-from jaxllm.train.audit import Audit
-from jaxllm.train.checkpoint_files import damage_of, list_files
+from jaxllm.train.checkpoint.files import damage_of, list_files
+from jaxllm.train.checkpoint.interval import advice, best_interval, failure_seconds
 from jaxllm.train.metrics import read_metrics
-from jaxllm.train.save_interval import advice, best_interval, failure_seconds
-from jaxllm.train.self_test import Tested, findings, self_test
-from jaxllm.train.sinks import JsonLines
 from jaxllm.train.source import DatasetSource
-from jaxllm.train.spikes import Spikes
-from jaxllm.train.watchdog import Watchdog
+from jaxllm.train.watch.audit import Audit
+from jaxllm.train.watch.self_test import Tested, findings, self_test
+from jaxllm.train.watch.sinks import JsonLines
+from jaxllm.train.watch.spikes import Spikes
+from jaxllm.train.watch.watchdog import Watchdog
 
 STEPS = {"train.steps": 16, "train.checkpoint_every": 4, "train.spike_window": 4, "train.eval_every": 8}
 
@@ -190,7 +190,9 @@ def test_a_line_that_the_disk_does_not_take_is_written_later(tmp_path, monkeypat
     lines = JsonLines(tmp_path / "lines")
     lines.write({"step": 1})
     write, full = os.write, [True]
-    monkeypatch.setattr("jaxllm.train.sinks.os.write", lambda f, d: _torn(write, f, d) if full[0] else write(f, d))
+    monkeypatch.setattr(
+        "jaxllm.train.watch.sinks.os.write", lambda f, d: _torn(write, f, d) if full[0] else write(f, d)
+    )
     lines.write({"step": 2})
     with pytest.raises(OSError):
         lines.sync()

@@ -24,7 +24,7 @@ from jaxllm.interop.hf.whole import whole_or_nothing
 from jaxllm.layout.layout import Layout, make_layout
 from jaxllm.layout.scope import path_name
 from jaxllm.model.spec import ModelSpec, model_spec
-from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.checkpoint.checkpoints import Checkpoints
 from jaxllm.train.checks import check_for_use
 from jaxllm.train.config import Config, config_dict
 from jaxllm.train.initial import ORIGIN

@@ -22,7 +22,7 @@ from jaxllm.interop.peft.lora_export import check_scales, lora_file, lora_remark
 from jaxllm.interop.peft.places import linear_spec
 from jaxllm.interop.peft.prompts import prompt_file, prompt_here, prompt_remarks
 from jaxllm.layout.layout import make_layout
-from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.checkpoint.checkpoints import Checkpoints
 from jaxllm.train.checks import check_for_use
 from jaxllm.train.config import Config
 from jaxllm.train.initial import restore_base

@@ -25,7 +25,7 @@ from jaxllm.layout.layout import make_layout
 from jaxllm.layout.scope import path_name
 from jaxllm.model.spec import model_spec
 from jaxllm.steps import STEPS
-from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.checkpoint.checkpoints import Checkpoints
 from jaxllm.train.checks import check_for_use
 from jaxllm.train.config import Config, config_dict
 from jaxllm.train.initial import carry_origin, newest_identity

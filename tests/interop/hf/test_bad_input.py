@@ -12,7 +12,7 @@ from jaxllm.cli.main import main
 from jaxllm.errors import UserError
 from jaxllm.interop.hf.config import read_model
 from jaxllm.interop.hf.files import parse_size
-from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.checkpoint.checkpoints import Checkpoints
 from tests.interop.hf.models import GPT2, LLAMA, MODELS, make, save, torch
 from tests.mistakes import mistake
 

@@ -22,7 +22,7 @@ from jaxllm.layout.layout import make_layout, use_layout
 from jaxllm.model import presets
 from jaxllm.model.config import ModelConfig, differing
 from jaxllm.model.spec import model_spec
-from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.checkpoint.checkpoints import Checkpoints
 from jaxllm.train.config import Config, PrecisionConfig, config_dict
 from jaxllm.train.optimizer import make_optimizer
 from jaxllm.train.state import init_state

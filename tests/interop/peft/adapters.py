@@ -22,7 +22,7 @@ from jaxllm.layout.config import LayoutConfig, MeshConfig
 from jaxllm.layout.layout import make_layout
 from jaxllm.model.adapter_config import AdapterConfig
 from jaxllm.model.lora_trees import started
-from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.checkpoint.checkpoints import Checkpoints
 from jaxllm.train.config import Config, config_dict
 from jaxllm.train.initial import ORIGIN, newest_identity
 from tests.interop.hf.models import MODELS, VOCABULARY, make, save, torch, transformers

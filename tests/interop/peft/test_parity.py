@@ -121,7 +121,7 @@ def test_ours(name, kind, base_of, tmp_path):
 
 def parameters(run) -> str:
     """The hash of an adapter's own parameters."""
-    from jaxllm.train.checkpoint import Checkpoints
+    from jaxllm.train.checkpoint.checkpoints import Checkpoints
 
     with Checkpoints(run / "checkpoints") as checkpoints:
         return checkpoints.newest_run()["parameter_hash"]

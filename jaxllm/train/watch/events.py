@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from jaxllm.train.sinks import JsonLines
+from jaxllm.train.watch.sinks import JsonLines
 
 Value = float | int | str
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, UInt32
 
 from jaxllm.layout.mesh import in_order
-from jaxllm.train.tree_hash import bits_and_positions
+from jaxllm.train.checkpoint.tree_hash import bits_and_positions
 
 
 class Difference(NamedTuple):

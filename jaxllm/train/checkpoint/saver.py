@@ -3,9 +3,9 @@
 import time
 from collections.abc import Callable
 
-from jaxllm.train.checkpoint import Checkpoints, SaveFailed
-from jaxllm.train.events import Events
-from jaxllm.train.roll_call import any_process
+from jaxllm.train.checkpoint.checkpoints import Checkpoints, SaveFailed
+from jaxllm.train.watch.events import Events
+from jaxllm.train.watch.roll_call import any_process
 
 LAST_TRIES = 5  # of a save after which nothing follows
 LAST_PAUSE_SECONDS = 1.0

@@ -1,7 +1,7 @@
 """The files of a checkpoint: STEP/files.json lists them with their sizes, and the small ones with their checksums.
 
 So a torn checkpoint is known before anything of it is parsed. What is in the large files, the arrays, is held against
-hashes of its content as it is restored (train/tree_hash.py): those files are read once.
+hashes of its content as it is restored (train/checkpoint/tree_hash.py): those files are read once.
 """
 
 import json

@@ -25,13 +25,13 @@ from jax.experimental import multihost_utils
 from jaxllm.errors import UserError
 from jaxllm.layout.scope import like
 from jaxllm.model.actor_critic import CRITIC, without_critic
-from jaxllm.train.checkpoint_errors import first_line, hush_orbax, tells_damage, write_failure
-from jaxllm.train.checkpoint_files import damage_of, list_files
-from jaxllm.train.checkpoint_items import at_path, check_same_arrays, handlers, nested, paths_of, rest_of
-from jaxllm.train.roll_call import any_process
-from jaxllm.train.save import CalledOff, Save
+from jaxllm.train.checkpoint.errors import first_line, hush_orbax, tells_damage, write_failure
+from jaxllm.train.checkpoint.files import damage_of, list_files
+from jaxllm.train.checkpoint.items import at_path, check_same_arrays, handlers, nested, paths_of, rest_of
+from jaxllm.train.checkpoint.save import CalledOff, Save
+from jaxllm.train.checkpoint.tree_hash import tree_hash
 from jaxllm.train.state import Params, TrainState
-from jaxllm.train.tree_hash import tree_hash
+from jaxllm.train.watch.roll_call import any_process
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # of one that Orbax is writing, or was when it was killed
 REMOVED = ".removed"  # suffix of a checkpoint on its way out

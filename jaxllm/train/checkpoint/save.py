@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from jaxllm.train.roll_call import any_process
+from jaxllm.train.watch.roll_call import any_process
 
 POLL_SECONDS = 0.05
 COMMIT_SECONDS = 1200  # for a save as a whole

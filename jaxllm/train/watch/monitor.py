@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxllm.train.checkpoint import SaveFailed
-from jaxllm.train.checkpoint_errors import write_failure
+from jaxllm.train.checkpoint.checkpoints import SaveFailed
+from jaxllm.train.checkpoint.errors import write_failure
 from jaxllm.train.flops import flops_per_token, peak_flops
 from jaxllm.train.metrics import MetricsWriter, Stopwatch
 from jaxllm.train.prepare import Prepared
-from jaxllm.train.roll_call import Told, any_process
+from jaxllm.train.watch.roll_call import Told, any_process
 
 Record = dict[str, float | int | str | None]
 

@@ -1,0 +1,1 @@
+"""Checkpoints of a run: what is saved, how it is written in the background, and what is found damaged."""
