@@ -2,7 +2,7 @@
 
 A stream is a folder:
 
-    index.json                what is in it; written last
+    index.json                what is in it, and a checksum of itself; written last
     documents.npy             int64 [documents + 1]: where each document starts in the stream, and the stream's length
     supervised.npy            of examples: int64 [ranges, 2], the tokens that are learned, start to end, in order
     tokens-00000.arrayrecord  records of RECORD tokens each (the last shorter), little-endian uint16 or uint32
@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -33,7 +34,7 @@ from jaxllm.data.supervision import EncodedExample
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import UserError
 
-VERSION = 1
+VERSION = 2
 RECORD = 8192  # tokens: what one random read costs
 SHARD = 1 << 28  # tokens a file
 BATCH = 1 << 22  # characters tokenised at once, by all threads
@@ -62,6 +63,7 @@ class StreamIndex:
     dtype: str
     digest: str  # sha256 of all tokens and document starts
     files: dict[str, int]  # sizes in bytes
+    checksums: dict[str, int]  # CRC-32 of the arrays; ArrayRecord has its own for each record
     version: int = VERSION
     supervised: int | None = None  # tokens that are learned; None: all but the first of a document
 
@@ -82,14 +84,24 @@ class TokenStream:
         if MARGINS in self.index.files:
             self.margins = _mapped(folder / MARGINS)
         shards = [str(folder / name) for name in sorted(self.index.files) if not name.endswith(".npy")]
-        self._records = grain.sources.ArrayRecordDataSource(shards)
+        self._records, self._folder = grain.sources.ArrayRecordDataSource(shards), folder
 
     def read(self, start: int, length: int) -> Int[np.ndarray, " length"]:
-        """Tokens start to start + length, int32. Thread-safe."""
+        """Tokens start to start + length, int32. Thread-safe.
+
+        Raises:
+          UserError: a record cannot be read or is not what was written.
+        """
         if length <= 0:
             return np.zeros(0, np.int32)
         first, last = start // RECORD, (start + length - 1) // RECORD
-        records = [np.frombuffer(self._records[i], self.index.dtype) for i in range(first, last + 1)]
+        try:
+            records = [np.frombuffer(self._records[i], self.index.dtype) for i in range(first, last + 1)]
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(
+                f"{self._folder}: a record of the token cache cannot be read ({str(error)[:200]}). "
+                f"{_remedy(self._folder)}"
+            ) from error
         tokens = np.concatenate(records) if len(records) > 1 else records[0]
         return tokens[start - first * RECORD :][:length].astype(np.int32)
 
@@ -110,20 +122,43 @@ def _mapped(file: Path) -> np.ndarray:
 
 
 def _read_index(folder: Path) -> StreamIndex:
-    remedy = f"Delete the folder {folder.parent} and it is made anew."
     try:
-        index = StreamIndex(**json.loads((folder / INDEX).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder}: the token cache has no readable {INDEX}. {remedy}") from error
+        sealed = json.loads((folder / INDEX).read_text())
+        index = StreamIndex(**sealed["index"])
+        if _seal(sealed["index"]) != sealed["checksum"]:
+            raise ValueError("its checksum is another")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder}: the token cache has no readable {INDEX}. {_remedy(folder)}") from error
     for name, size in index.files.items():
-        found = (folder / name).stat().st_size if (folder / name).exists() else None
-        if found is None:
-            raise UserError(f"{folder / name}: this part of the token cache is missing. {remedy}")
-        if found != size:
-            raise UserError(
-                f"{folder / name}: this part of the token cache is damaged: {found} bytes instead of {size}. {remedy}"
-            )
+        _check_file(folder / name, size, index.checksums.get(name))
     return index
+
+
+def _check_file(file: Path, size: int, checksum: int | None) -> None:
+    found = file.stat().st_size if file.exists() else None
+    if found is None:
+        raise UserError(f"{file}: this part of the token cache is missing. {_remedy(file.parent)}")
+    damage = f"{found} bytes instead of {size}" if found != size else ""
+    if not damage and checksum is not None and _checksum(file) != checksum:
+        damage = "its checksum is another"
+    if damage:
+        raise UserError(f"{file}: this part of the token cache is damaged: {damage}. {_remedy(file.parent)}")
+
+
+def _remedy(folder: Path) -> str:
+    return f"Delete the folder {folder.parent} and it is made anew."
+
+
+def _seal(index: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(index, sort_keys=True).encode())
+
+
+def _checksum(file: Path) -> int:
+    checksum = 0
+    with file.open("rb") as content:
+        while part := content.read(1 << 22):
+            checksum = zlib.crc32(part, checksum)
+    return checksum
 
 
 class StreamWriter:
@@ -210,9 +245,11 @@ class StreamWriter:
             dtype=self._dtype.newbyteorder("<").str,
             digest=self._hash.hexdigest(),
             files={name: (self._folder / name).stat().st_size for name in [*arrays, *self._files]},
+            checksums={name: _checksum(self._folder / name) for name in arrays},
             supervised=int(np.diff(supervised).sum()) if len(supervised) else None,
         )
-        (self._folder / INDEX).write_text(json.dumps(asdict(index), indent=1))
+        sealed = {"index": asdict(index), "checksum": _seal(asdict(index))}
+        (self._folder / INDEX).write_text(json.dumps(sealed, indent=1))
         return index
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from tests import faults
 
-SAMPLE = ["SIGKILL of process 1", "a byte of the newest checkpoint", "SIGUSR1 of process 1"]
+SAMPLE = ["SIGKILL of process 1", "newest checkpoint: a bit changed", "SIGUSR1 of process 1"]
 
 
 @pytest.fixture(scope="module")
@@ -14,4 +14,4 @@ def struck(tmp_path_factory):
 
 @pytest.mark.parametrize("fault", SAMPLE)
 def test_a_run_that_was_struck_ends_as_the_clean_one(struck, fault):
-    assert struck[fault].verdict == "as the clean run", struck[fault]
+    assert struck[fault].verdict in faults.GOOD, struck[fault]

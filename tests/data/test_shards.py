@@ -77,6 +77,28 @@ def test_damaged_cache(folder, name):
         shards.TokenStream(folder / "train")
 
 
+@pytest.mark.parametrize("name", ["tokens-00000.arrayrecord", shards.DOCUMENTS, shards.INDEX])
+def test_no_bit_changes_without_a_word(folder, name):
+    """Some bits of a file mean nothing (padding, spaces): then what is read is what was written."""
+    path, whole = folder / "train" / name, shards.TokenStream(folder / "train")
+    content, tokens = path.read_bytes(), whole.read(0, whole.index.tokens)
+    refused = 0
+    for place in np.random.default_rng(0).integers(len(content), size=60):
+        changed = bytearray(content)
+        changed[place] ^= 4
+        path.write_bytes(changed)
+        try:
+            stream = shards.TokenStream(folder / "train")
+            read = stream.read(0, stream.index.tokens)
+        except UserError as error:
+            assert "token cache" in str(error) and "Delete the folder" in str(error)
+            refused += 1
+        else:
+            assert stream.index == whole.index and np.array_equal(read, tokens)
+            assert np.array_equal(stream.document_starts, whole.document_starts)
+    assert refused >= (1 if name.endswith("record") else 30)
+
+
 def test_cached_is_made_once(tmp_path):
     made = []
 
