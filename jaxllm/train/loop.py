@@ -76,6 +76,7 @@ class Run:
     dispatched: Dispatched  # the newest step
     unread: Dispatched | None = None  # the newest step whose metrics are still to be read
     heard: Sequence[Told] = ()  # from all processes, at the newest step that is read
+    saves: int = 0
     working_since: float | None = None  # when this process began to work for its next step
     evaluation: Mapping[str, float] = MappingProxyType({})  # the newest
 
@@ -291,9 +292,10 @@ class Run:
         )
 
     def _advise(self, blocked: float) -> None:
-        """Says once how often to save, where a step's time is known."""
-        seconds = self.monitor.usual_seconds
-        if self.awaits_advice and seconds and self.run.checkpoints.save_under_way and self.config.checkpoint_every:
+        """Says once how often to save, where a step's time is known. The first save compiles what it needs."""
+        seconds, self.saves = self.monitor.usual_seconds, self.saves + 1
+        under_way = self.run.checkpoints.save_under_way and self.config.checkpoint_every
+        if self.awaits_advice and seconds and under_way and self.saves > 1:
             self.awaits_advice = False
             devices = self.run.layout.mesh.size
             self.events.say(advice(blocked, seconds, devices, self.config.checkpoint_every))
