@@ -93,12 +93,14 @@ class Launcher:
 
     def _wait_for_first(self) -> int:
         """The code of the first process that fails; 0 where all end well."""
-        while any(child.poll() is None for child in self.children):
-            failed = [child.returncode for child in self.children if child.returncode]
+        while True:
+            codes = [child.poll() for child in self.children]  # of each: one that is stopped hides no other
+            failed = [code for code in codes if code]
             if failed:
                 return failed[0]
+            if None not in codes:
+                return 0
             time.sleep(0.05)
-        return 0
 
     def _end_the_others(self) -> None:
         """They end by themselves, for they notice; one that hangs or is stopped does not."""

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 LOCAL = Path(__file__).parents[2] / "launch" / "local.py"
 
 
@@ -30,18 +32,21 @@ def test_processes_get_their_numbers_and_devices(tmp_path):
 
 
 def test_a_mistake_is_not_tried_again_and_its_code_is_that_of_the_run(tmp_path):
-    script = "echo x >> $folder/starts; [ $JAX_PROCESS_ID = 1 ] && exit 2; sleep 60"
+    script = "echo x >> $folder/starts; [ $JAX_PROCESS_ID = 1 ] && exit 2; exec sleep 600"
     run = launch(tmp_path, script, "--grace=0.2")
-    run.communicate()
+    run.communicate(timeout=60)
     assert run.returncode == 2
     assert (tmp_path / "starts").read_text() == "x\n" * 2
 
 
-def test_a_process_that_hangs_is_killed_once_another_has_failed_and_all_are_started_again(tmp_path):
-    script = """
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_process_that_hangs_is_killed_once_another_has_failed_and_all_are_started_again(tmp_path, failing):
+    script = f"""
+failing={failing}"""
+    script += """
 echo x >> $folder/starts.$JAX_PROCESS_ID
 [ $(wc -l < $folder/starts.$JAX_PROCESS_ID) = 2 ] && exit 0
-[ $JAX_PROCESS_ID = 0 ] && exit 76
+[ $JAX_PROCESS_ID = $failing ] && exit 76
 trap '' TERM; while true; do sleep 0.1; done
 """
     run = launch(tmp_path, script, "--grace=0.2")
