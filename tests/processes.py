@@ -49,11 +49,17 @@ def start(
     devices: int = 4,
     restarts: int = 0,
     grace: float = 30,
+    entry: str = "jaxllm",
     **more: str,
 ) -> subprocess.Popen:
-    """`jaxllm train` in so many processes of so many devices. `more`: of their environment."""
+    """`jaxllm train` in so many processes of so many devices.
+
+    Args:
+      entry: the module that is run.
+      more: of their environment.
+    """
     launch = [f"--processes={processes}", f"--devices={devices}", f"--restarts={restarts}", f"--grace={grace}"]
-    command = [sys.executable, LAUNCHER, *launch, f"--jaxllm={sys.executable} -m jaxllm", "--", "train"]
+    command = [sys.executable, LAUNCHER, *launch, f"--jaxllm={sys.executable} -m {entry}", "--", "train"]
     command += [f"--config={config}", f"--workdir={workdir}", *(f"--config.{flag}" for flag in flags)]
     return subprocess.Popen(
         command,
