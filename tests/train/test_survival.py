@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny_run
 
 from jaxllm.errors import LOST, UserError
+from jaxllm.report import listing
+from jaxllm.report.page import page
 from jaxllm.report.run import read_run
 from jaxllm.train import loop
 from jaxllm.train.checkpoint.files import damage_of, list_files
@@ -292,6 +294,7 @@ def test_how_a_run_fails_is_written_and_shown(text, tmp_path, monkeypatch, raise
     assert (last["event"], last["step"]) == (event, 5) and last["message"].startswith(says)
     run = read_run(tmp_path)
     assert run.state == event and run.why == last["message"]
+    assert f" {event} " in list(listing.lines([run], tmp_path.parent))[1] and says in page([run])
     assert train(text, tmp_path) == 0 and read_run(tmp_path).state == "done"
 
 
