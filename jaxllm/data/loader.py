@@ -7,6 +7,7 @@ on any number of processes, under any layout.
 
 import functools
 import hashlib
+import operator
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -166,11 +167,18 @@ class LocalBatches(grain.MapDataset[Any]):
         return jax.tree.map(lambda *leaves: np.stack(leaves), *(self._rows[start + row] for row in self._local))
 
 
-def read_sharding(sharding: NamedSharding, shape: tuple[int, int]) -> NamedSharding:
+def read_sharding(
+    sharding: NamedSharding,
+    shape: tuple[int, int],
+    process_of: Callable[[jax.Device], int] = operator.attrgetter("process_index"),
+) -> NamedSharding:
     """How processes share out the reading of a [batch, length] array that is to lie as `sharding` says.
 
     Where several processes need the same rows (of a pipeline's stages each does), each reads a part of them, and the
     devices hand them on: so no row is read by two processes, as far as the devices divide the batch.
+
+    Args:
+      process_of: the number of the process that a device belongs to.
     """
     local_rows(sharding, shape)  # says what does not divide
     processes = {process_of(device) for device in sharding.mesh.devices.flat}
@@ -178,17 +186,12 @@ def read_sharding(sharding: NamedSharding, shape: tuple[int, int]) -> NamedShard
     of_batch = (of_batch,) if isinstance(of_batch, str) else tuple(of_batch)
     every_axis = (*of_batch, *(axis for axis in sharding.mesh.axis_names if axis not in of_batch))
     everywhere = NamedSharding(sharding.mesh, PartitionSpec(every_axis))
-    if len(processes) == 1 or shape[0] % sharding.mesh.size or _reads_once(sharding, shape):
+    if len(processes) == 1 or shape[0] % sharding.mesh.size or _reads_once(sharding, shape, process_of):
         return sharding
     return everywhere
 
 
-def process_of(device: jax.Device) -> int:
-    """The process that a device belongs to."""
-    return device.process_index
-
-
-def _reads_once(sharding: NamedSharding, shape: tuple[int, int]) -> bool:
+def _reads_once(sharding: NamedSharding, shape: tuple[int, int], process_of: Callable[[jax.Device], int]) -> bool:
     """Whether no two processes hold the same row."""
     holders: dict[tuple[int, int, int], int] = {}
     for device, index in sharding.devices_indices_map(shape).items():

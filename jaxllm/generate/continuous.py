@@ -9,7 +9,7 @@ were drawn in that row. So how rows are scheduled changes nothing but rounding.
 """
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import jax
@@ -110,7 +110,13 @@ class ContinuousDecoder:
         self._take = one_at_a_time(jax.jit(_taken))
 
     def generate(
-        self, weights: Weights, prompts: Sequence[Sequence[int]], *, max_new_tokens: int | Sequence[int], seed: int
+        self,
+        weights: Weights,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int | Sequence[int],
+        seed: int,
+        on_tokens: Callable[[], None] = lambda: None,
     ) -> list[Answer]:
         """An answer to each prompt.
 
@@ -119,6 +125,7 @@ class ContinuousDecoder:
           prompts: one or more tokens each.
           max_new_tokens: of all, or of each; where prompt and answer have `length` tokens it ends before. An answer
             without room is empty.
+          on_tokens: called each time that all rows have got some tokens more.
         """
         most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
         budgets = [min(b, self._length - len(p)) for b, p in zip(most, prompts, strict=True)]
@@ -132,6 +139,7 @@ class ContinuousDecoder:
                     work.take_in(waiting)
                 for row, reason in work.write():
                     answers[row.number] = Answer(row.tokens, row.log_probs, reason)
+                on_tokens()
                 if not waiting:
                     work.close_ranks()
         return answers

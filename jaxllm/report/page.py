@@ -216,9 +216,9 @@ def _samples(run: Run, several: bool) -> str:
     if not run.samples:
         return ""
     drawn = [
-        f'<div class="sample"><span class="note">step {sample.step:,}</span>'
+        f'<div class="sample"><span class="note">step {sample.step:,}, reward {number(sample.reward)}</span>'
         f"<pre><b>{html.escape(sample.prompt)}</b>{html.escape(sample.text)}</pre></div>"
-        for sample in reversed(run.samples)
+        for sample in run.samples
     ]
     head = f"<h3>{html.escape(run.name)}</h3>" if several else ""
     older = "".join(drawn[SHOWN_SAMPLES:])

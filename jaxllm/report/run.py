@@ -1,5 +1,6 @@
 """Reads a run's folder: its config, what it logged, what happened to it, and the state it is in."""
 
+import itertools
 import json
 import math
 import time
@@ -18,6 +19,7 @@ ENDINGS = ("done", "preempted", "stopped", "crashed", "hung")
 ORDINARY = (*BEGINNINGS, *PREPARATIONS, "measured", "saved", "done")  # all others are faults
 SILENT_SECONDS = 600.0
 SILENT_STEPS = 20
+MOST_SAMPLES = 100  # that are read; a run may have written one file a step
 
 
 class Event(NamedTuple):
@@ -35,11 +37,12 @@ class Event(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A line of samples.jsonl: what the model made of a prompt."""
+    """A line of samples/STEP.jsonl: what the model of an alignment run answered."""
 
-    step: int
+    step: int  # the first that learned from it
     prompt: str
     text: str
+    reward: float | None
 
 
 class Run(NamedTuple):
@@ -50,7 +53,7 @@ class Run(NamedTuple):
     config: Mapping[str, Any]
     metrics: Sequence[Record]  # each with a whole `step`
     events: Sequence[Event]
-    samples: Sequence[Sample]
+    samples: Sequence[Sample]  # those of the newest rollouts, the newest first
     active: float | None  # unix seconds of the last sign of life
     state: str  # done | preempted | stopped | crashed | hung | running | silent | untrained
     why: str  # the state in a sentence; "": its name says it
@@ -95,11 +98,7 @@ def read_run(folder: Path, now: float | None = None) -> Run:
     config = _read_config(folder)
     metrics = [record for record in json_lines(folder / "metrics.jsonl") if _is_step(record.get("step"))]
     events = [_event(line) for line in json_lines(folder / "events.jsonl") if isinstance(line.get("event"), str)]
-    samples = [
-        Sample(line["step"], str(line.get("prompt", "")), str(line.get("text", "")))
-        for line in json_lines(folder / "samples.jsonl")
-        if _is_step(line.get("step"))
-    ]
+    samples = list(itertools.islice(_samples(folder / "samples"), MOST_SAMPLES))
     active = _last_sign(folder, metrics, events)
     state, why = _state(config, metrics, events, active, time.time() if now is None else now)
     return Run(folder, _name(folder), config, metrics, events, samples, active, state, why)
@@ -118,6 +117,15 @@ def json_lines(file: Path) -> Iterator[Record]:
             continue
         if isinstance(value, dict):
             yield value
+
+
+def _samples(folder: Path) -> Iterator[Sample]:
+    """Of the newest step first."""
+    by_step = {int(file.stem): file for file in folder.glob("*.jsonl") if file.stem.isdecimal()}
+    for step in sorted(by_step, reverse=True):
+        for line in json_lines(by_step[step]):
+            reward = line.get("reward") if is_number(line.get("reward")) else None
+            yield Sample(step, str(line.get("prompt", "")), str(line.get("answer", "")), reward)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -185,7 +193,8 @@ def _state(
     """The state, and why it is that one."""
     ending = _ending(metrics, events)
     if ending:
-        return ending.name, ending.message
+        process = ending.figures.get("process")
+        return ending.name, ending.message if process is None else f"process {process}: {ending.message}"
     steps = _steps(config)
     if not events and metrics and steps and metrics[-1]["step"] >= steps:
         return "done", ""
@@ -198,13 +207,20 @@ def _state(
 
 
 def _ending(metrics: Sequence[Record], events: Sequence[Event]) -> Event | None:
-    """The event with which the run ended; None where it went on after that."""
+    """The event with which the run ended; None where it went on after that.
+
+    Of those of several processes the first: one fails for a reason of its own, and the others for want of it.
+    """
     known = [event for event in events if event.name in (*ENDINGS, *BEGINNINGS, *PREPARATIONS)]
-    if not known or known[-1].name not in ENDINGS:
-        return None
     logged = _moment(metrics[-1]) if metrics else None
-    goes_on = logged is not None and known[-1].time is not None and logged > known[-1].time + 1
-    return None if goes_on else known[-1]
+    found: dict[int | None, Event] = {}  # by process
+    for event in itertools.takewhile(lambda event: event.name in ENDINGS, reversed(known)):
+        process = event.figures.get("process")
+        goes_on = logged is not None and event.time is not None and logged > event.time + 1
+        if goes_on or (found and (process is None or None in found or process in found)):
+            break
+        found[process] = event
+    return list(found.values())[-1] if found else None
 
 
 def _patience(config: Mapping[str, Any], metrics: Sequence[Record]) -> float:

@@ -98,7 +98,8 @@ class RolloutSource:
         self._spec, self._layout = spec, layout
         self._step = STEPS[config.train_step]
         self._options = step_options(self._step, config, self.tokenizer.vocab_size)
-        self._writer = Writer(config, spec, layout, rollout_layout(config, layout), self.tokenizer, self.length)
+        rollout = rollout_layout(config, layout)
+        self._writer = Writer(config, spec, layout, rollout, self.tokenizer, self.length, self._alive)
         self._credit = make_credit(config, layout)
         pick = lambda tree, rows: jax.tree.map(lambda leaf: leaf[rows], tree)  # noqa: E731
         self._take = one_at_a_time(jax.jit(pick, out_shardings=layout.sharding("batch", None)))
@@ -157,12 +158,12 @@ class RolloutSource:
         rollout, position = self._config.rollout, self._at.prompts
         prompts = [self._prompts.at(position + i, self._config.seed) for i in range(rollout.prompts)]
         asked = [prompt for prompt in prompts for _ in range(rollout.samples)]
-        self._alive("writing answers")
         written = self._writer.write(state, asked, seed=[self._config.seed, self._at.rollouts])
-        self._alive("judging answers")
         rows = make_rows(asked, written.answers, self.length, self.tokenizer.pad_id or 0)
         batch, judged = self._judged(state, rows)
-        verdict = judge_answers(rollout, self._functions, asked, written, np.asarray(judged.scores))
+        scores = np.asarray(judged.scores)
+        self._alive("rewarding answers")
+        verdict = judge_answers(rollout, self._functions, asked, written, scores)
         sampled = on_devices(rows.sampled_log_probs, self._layout.sharding("batch", None))
         credit = self._credit(batch, judged, verdict.rewards, verdict.is_whole, sampled, self._at.next_kl_weight)
         self._experience = credit.experience
@@ -178,6 +179,7 @@ class RolloutSource:
             write_samples(self._workdir, int(state.step) + 1, asked, written, verdict, rollout.samples_written)
 
     def _judged(self, state: TrainState, rows: Rows) -> tuple[Batch, Judged]:
+        self._alive("judging answers")
         batch = on_devices(rows.batch, self._layout.sharding("batch", None))
         return batch, self._judge(state, self._reward_model.own, self._reward_model.frozen, batch)
 

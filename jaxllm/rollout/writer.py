@@ -1,7 +1,8 @@
 """The trained model as it writes: its newest weights, brought to the layout of rollouts, and the decoder there."""
 
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -31,11 +32,21 @@ class Writer:
     """Draws answers of the model in a train state."""
 
     def __init__(
-        self, config: Config, spec: ModelSpec, layout: Layout, rollout: Layout, tokenizer: Tokenizer, length: int
+        self,
+        config: Config,
+        spec: ModelSpec,
+        layout: Layout,
+        rollout: Layout,
+        tokenizer: Tokenizer,
+        length: int,
+        alive: Callable[[str], None],
     ):
-        """`layout` is that of training, `rollout` that of writing; a prompt and its answer have `length` tokens."""
+        """`layout` is that of training, `rollout` that of writing; a prompt and its answer have `length` tokens.
+
+        `alive` is told that work goes on, and which.
+        """
         self._config, self._spec, self._layouts, self._tokenizer = config, spec, (layout, rollout), tokenizer
-        self._length = length
+        self._length, self._alive = length, alive
         self._reshard: Resharding | None = None
         self._decoders: dict[tuple[int, float], ContinuousDecoder] = {}
 
@@ -58,6 +69,7 @@ class Writer:
     def write(self, state: TrainState, prompts: Sequence[Prompt], seed: Sequence[int], greedy: bool = False) -> Written:
         """An answer to each prompt, drawn by random numbers that are a function of `seed` and the prompt's number."""
         started = time.perf_counter()
+        self._alive("writing answers")
         rollout, compute = self._config.rollout, as_dtype(self._config.precision.compute)
         own = weights_of(state, self._spec, compute)
         if self._reshard is None:
@@ -68,7 +80,9 @@ class Writer:
         decoder = self._decoder(rollout.slots or len(prompts), 0.0 if greedy else rollout.temperature)
         number = int(np.random.SeedSequence(list(seed)).generate_state(1)[0])
         ids = [prompt.ids for prompt in prompts]
-        answers = decoder.generate(weights, ids, max_new_tokens=rollout.max_new_tokens, seed=number)
+        on_tokens = functools.partial(self._alive, "writing answers")
+        how = {"max_new_tokens": rollout.max_new_tokens, "seed": number, "on_tokens": on_tokens}
+        answers = decoder.generate(weights, ids, **how)
         texts = [self.text(answer) for answer in answers]
         return Written(answers, texts, time.perf_counter() - there, there - started)
 

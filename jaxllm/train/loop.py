@@ -19,10 +19,12 @@ from jaxllm.train.checkpoint.interval import advice
 from jaxllm.train.checkpoint.saver import Saver
 from jaxllm.train.config import Config, config_dict
 from jaxllm.train.initial import carry_origin
+from jaxllm.train.metrics import ProgressReport
 from jaxllm.train.prepare import Prepared, prepare
 from jaxllm.train.source import DatasetSource, OpenSource
 from jaxllm.train.state import TrainState
 from jaxllm.train.watch.audit import Audit
+from jaxllm.train.watch.events import Events
 from jaxllm.train.watch.expectation import Expects, measured
 from jaxllm.train.watch.monitor import Dispatched, Monitor, Record, hash_tokens
 from jaxllm.train.watch.preemption import PreemptionNotice
@@ -57,9 +59,14 @@ def train(
       UserError: a mistake in config, data or workdir, or a disk that stayed full.
     """
     workdir = Path(workdir)
-    with _full_disk_is_told(workdir), contextlib.ExitStack() as stack:
-        how = {"devices": devices, "quiet": quiet, "open_source": open_source, "expects": expects}
-        return Run(prepare(config, workdir, stack, **how)).go()
+    how = {"devices": devices, "quiet": quiet, "open_source": open_source, "expects": expects}
+    report = ProgressReport(quiet=quiet or jax.process_index() > 0)
+    events = Events(workdir, report.say)
+    # How it fails is written first: what the stack closes may wait for processes that are gone.
+    with contextlib.ExitStack() as stack, events.failures_written(), _full_disk_is_told(workdir):
+        stack.callback(report.close)
+        stack.callback(events.close)
+        return Run(prepare(config, workdir, stack, report=report, events=events, **how)).go()
 
 
 class _Spiked(Exception):
@@ -127,6 +134,7 @@ class Run:
         loader = self.skips.after(begun.step, data["loader"])
         run.source.begin(begun.state, loader, begun.arrays, begun.identities["base"].get("parameter_hash", ""))
         self.state, self.step, self.identities = begun.state, begun.step, begun.identities
+        self.events.step = begun.step
         self.tokens_hash = data["tokens_hash"]
         self.spikes.restore(data.get("spikes", []))
 
@@ -174,6 +182,7 @@ class Run:
         self.source.stepped(metrics)
         self.monitor.tell(self.source.told())
         self.step, self.dispatched = step, Dispatched(step, metrics, self.tokens_hash, None)
+        self.events.step = step
 
     def _told(self) -> Told:
         stop, failed = self.notice.received is not None, self.saver.save_failed

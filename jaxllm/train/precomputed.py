@@ -4,6 +4,7 @@ Then no step needs the reference's weights. The table is kept in WORKDIR/referen
 that goes on has moved, and could not compute it again.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,18 @@ class PrecomputedReference:
         self._file, self._table = workdir / FILE, None
         self._attach = one_at_a_time(jax.jit(_attached, out_shardings=layout.sharding("batch", None)))
 
-    def compute(self, state: TrainState) -> None:
-        """By the model in `state`, at its first step; written to the run's folder."""
+    def compute(self, state: TrainState, alive: Callable[[str], None]) -> None:
+        """By the model in `state`, at its first step; written to the run's folder.
+
+        `alive` is told that work goes on, and which.
+        """
         table = np.zeros((self._data.num_pairs + 1, 2), np.float32)
         sharding = self._layout.sharding("batch", None)
         say = one_at_a_time(jax.jit(self._said))
         for batch in self._data.every_pair(sharding, batch_size=self._config.data.batch_size):
             found = (batch.segment_ids, batch.pair_ids, say(state, batch))
             _enter(table, *(multihost_utils.process_allgather(a, tiled=True) for a in found))
+            alive("computing the log-probabilities of the reference")
         if jax.process_index() == 0:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             np.savez(self._file, log_probs=table, identity=self._identity)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,22 +62,26 @@ def prepare(
     workdir: Path,
     stack: contextlib.ExitStack,
     *,
+    report: ProgressReport,
+    events: Events,
     devices: Sequence[jax.Device] | None,
     quiet: bool,
     open_source: OpenSource,
     expects: Expects | None,
 ) -> Prepared:
-    """Reads, checks and compiles; says what it finds. The arguments are those of `loop.train`.
+    """Reads, checks and compiles; says what it finds. The other arguments are those of `loop.train`.
+
+    Args:
+      stack: what is opened is closed with it.
+      report, events: where it is said and written.
 
     Raises:
       UserError: a mistake in config, data or workdir.
     """
     check(config, len(devices or jax.devices()))
-    report = ProgressReport(quiet=quiet or jax.process_index() > 0)
-    stack.callback(report.close)
-    events = Events(workdir, report.say)
-    stack.callback(events.close)
-    watchdog = stack.enter_context(Watchdog(config.train.hang_timeout, ProgressReport(quiet=quiet).say))
+    write_end = functools.partial(events.write_end, "hung")
+    watchdog = Watchdog(config.train.hang_timeout, ProgressReport(quiet=quiet).say, write_end)
+    stack.enter_context(watchdog)
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, config.train.keep_best, report.say)
     stack.enter_context(checkpoints)
 
@@ -86,7 +91,7 @@ def prepare(
     _compare(config, stored, workdir, report)
 
     # Data, model, layout, optimizer.
-    told = Setting(config, data_config(config, stored, workdir), workdir, report.say, not quiet, watchdog.alive)
+    told = Setting(config, data_config(config, stored, workdir), workdir, report.say, not quiet, watchdog.goes_on)
     source = open_source(told)
     stack.callback(source.close)
     spec = spec_of(config, source.tokenizer.vocab_size)

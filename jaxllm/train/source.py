@@ -120,7 +120,7 @@ class DatasetSource:
         if stored is not None:
             self._loader.restore(stored)
         if self._reference is not None and stored is None:
-            self._reference.compute(state)
+            self._reference.compute(state, self._alive)
         elif self._reference is not None:
             self._reference.restore()
 

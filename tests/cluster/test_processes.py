@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxllm.data.loader import read_sharding
 from jaxllm.train.metrics import read_metrics
-from tests import processes
+from tests import processes, recorded_run
 from tests.train import tiny_run
 
 # The first axis of the mesh that is not 1 is the one that crosses from one process to the other.
@@ -22,6 +22,7 @@ LAYOUTS = {
     "pipeline": ("mesh.pipeline=2", "mesh.model=2", "mesh.data=2", "layout.num_microbatches=2"),
     "context": ("mesh.context=8", "mesh.data=1", "layout.zero_stage=1"),
 }
+BATCH = 16
 FEW = ("train.steps=4", "optimizer.warmup_steps=1", "train.eval_every=4", "train.checkpoint_every=2")
 
 
@@ -42,23 +43,28 @@ def alone(config) -> list[dict]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_processes_train_what_one_does(config, alone, tmp_path, layout):
-    said = processes.train(tmp_path, config, *FEW, *LAYOUTS[layout])
+    """And read every row once: none is read by both, and none that is needed by neither."""
+    said = processes.train(tmp_path, config, *FEW, *LAYOUTS[layout], entry="tests.recorded_run")
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     for name in ("loss", "grad_norm"):
         assert [r[name] for r in records] == pytest.approx([r[name] for r in alone], rel=1e-5)
     assert records[-1]["eval_loss"] == pytest.approx(alone[-1]["eval_loss"], rel=1e-5)
     assert said.count("done: ") == 1  # the first process speaks for both
+    for kind, needed in {"Rows": 4 * BATCH, "EvaluationRows": 2 * BATCH}.items():  # 4 steps, an evaluation of 2 batches
+        read = [recorded_run.rows_read(tmp_path, kind, process) for process in range(2)]
+        assert all(len(rows) >= needed // 2 for rows in read)  # each process does its part
+        rows = sorted(read[0] + read[1])
+        assert len(set(rows)) == len(rows) and set(rows) >= set(range(needed))  # some are read ahead
 
 
 @pytest.mark.parametrize("axes", [("pipeline", "data"), ("data", "model"), ("model", "data")])
-def test_every_row_is_read_by_one_process_alone(monkeypatch, axes):
+def test_every_row_is_read_by_one_process_alone(axes):
     """Over meshes of which each process needs all rows, or half of them."""
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), axes)
     sharding = NamedSharding(mesh, P("data", None))
     process_of = {device.id: index // 4 for index, device in enumerate(mesh.devices.flat)}
-    monkeypatch.setattr("jaxllm.data.loader.process_of", lambda device: process_of[device.id])
-    read = read_sharding(sharding, (16, 8))
+    read = read_sharding(sharding, (16, 8), lambda device: process_of[device.id])
     rows = {0: set(), 1: set()}
     for device, index in read.devices_indices_map((16, 8)).items():
         rows[process_of[device.id]] |= set(range(*index[0].indices(16)))

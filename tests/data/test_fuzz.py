@@ -1,6 +1,7 @@
 """A sample of the campaign of tests/fuzz_data.py: every spoilt file is read, or refused by name."""
 
-from tests.fuzz_data import KINDS, Case, cases, try_case
+from tests.fuzz_data import Case, cases, try_case
+from tests.fuzz_files import KINDS
 
 
 def test_a_spoilt_file_is_read_or_refused(tmp_path):

@@ -33,15 +33,23 @@ def make_run(
     folder: Path,
     metrics: Iterable[Mapping[str, Any]] = (),
     events: Iterable[Mapping[str, Any]] = (),
-    samples: Iterable[Mapping[str, Any]] = (),
+    samples: Mapping[int, Iterable[Mapping[str, Any]]] | None = None,
     **train: Any,
 ) -> Path:
-    """Writes the run; `train` are fields of config.train. Files without a line are left out."""
+    """Writes the run. Files without a line are left out.
+
+    Args:
+      samples: by step.
+      train: fields of config.train.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = config_dict(Config())
     config["train"] |= {"steps": 100} | train
     (folder / "config.json").write_text(json.dumps(config))
-    for name, lines in (("metrics", metrics), ("events", events), ("samples", samples)):
+    for name, lines in (("metrics", metrics), ("events", events)):
         if lines:
             write_lines(folder / f"{name}.jsonl", lines)
+    for step, lines in (samples or {}).items():
+        (folder / "samples").mkdir(exist_ok=True)
+        write_lines(folder / "samples" / f"{step:08d}.jsonl", lines)
     return folder

@@ -66,7 +66,7 @@ def full(tmp_path):
         event("measured", 60, 170, bytes=2.25e9, seconds=1.75),
         event("done", 100, 60, "done: run"),
     ]
-    samples = [{"step": step, "prompt": "却说曹操", "text": EVIL} for step in range(20)]
+    samples = {step: [{"prompt": "却说曹操", "answer": EVIL, "reward": step / 8}] for step in range(20)}
     return make_run(tmp_path / "run", lines, events, samples)
 
 
@@ -75,7 +75,9 @@ def test_everything_is_there(full):
     assert sections(text) == ["Curves", "Throughput", "Memory and time against the plan", "Hours", "Samples", "Config"]
     for part in ("100 of 100", "num_layers=4", "data=rest, 8 devices", "done: run", "never heard of", "all the same"):
         assert part in text, part
-    for part in ("2.00 GB", "2.50 GB", "2.25 GB", "1.75", "却说曹操", "8 older ones", "<td>config.train.steps</td>"):
+    for part in ("2.00 GB", "2.50 GB", "2.25 GB", "1.75", "<td>config.train.steps</td>"):
+        assert part in text, part
+    for part in ("step 19, reward 2.375", "却说曹操", "8 older ones"):
         assert part in text, part
     titles = re.findall(r"<figcaption>(.*?)</figcaption>", text)
     assert [title.partition(":")[0] for title in titles] == [

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from jaxllm.errors import UserError
-from jaxllm.report.run import read_run
+from jaxllm.report.run import MOST_SAMPLES, read_run
 from tests.report.made_up import NOW, event, make_run, records, write_lines
 
 LONG_AGO = 100_000.0
@@ -24,6 +24,7 @@ STATES = {
     "compiling again": ([STARTED, event("preempted", 50), event("planned")], records(5, LONG_AGO), "running"),
     "resumed, and killed": ([STARTED, event("preempted", 9, LONG_AGO), event("resumed", 9, LONG_AGO)], [], "silent"),
     "it was said to hang, and goes on": ([event("hung", 40, 90)], records(5, 60), "running"),
+    "crashed before it began again": ([STARTED, event("preempted", 50), event("crashed", 0)], records(5), "crashed"),
     "running": ([STARTED], records(5), "running"),
     "killed": ([STARTED], records(5, LONG_AGO), "silent"),
     "old, done": ([], records(10, LONG_AGO, timed=False), "done"),
@@ -54,6 +55,14 @@ def test_why_it_is_silent(tmp_path):
     assert run.active == NOW - 7_500
 
 
+def test_of_several_processes_the_first_to_fail_says_why(tmp_path):
+    ends = [event("crashed", 40, message=f"of process {process}", process=process) for process in (2, 0, 1)]
+    again = [event("crashed", 40, message="again", process=process) for process in (1, 2)]
+    for number, (endings, why) in enumerate([(ends, "process 2: of process 2"), (ends + again, "process 1: again")]):
+        run = read_run(make_run(tmp_path / str(number), records(4), [STARTED, event("preempted"), *endings]), NOW)
+        assert (run.state, run.why) == ("crashed", why)
+
+
 def test_figures(tmp_path):
     lines = [*records(3), {"step": 40, "loss": None, "eval_loss": 3.5}]
     events = [STARTED, event("preempted", 10), event("resumed", 10), event("resumed", 10)]
@@ -73,11 +82,27 @@ def test_broken_lines_are_passed_over(tmp_path):
     broken = 'null\n[1]\n"step"\n{"step": "ten"}\n{"step": true}\n{"loss": 1}\n\x00\n{"step": 20, "lo'
     write_lines(folder / "metrics.jsonl", records(1), broken)
     write_lines(folder / "events.jsonl", [{"event": "odd", "time": "noon", "step": -1}, {"event": 5}], broken)
-    (folder / "samples.jsonl").write_bytes(b'\xff\xfe\n{"step": 1, "prompt": "a", "text": "b"}\n')
+    (folder / "samples").mkdir()
+    (folder / "samples" / "00000001.jsonl").write_bytes(b'\xff\xfe\n{"prompt": "a", "answer": "b", "reward": "x"}\n')
+    for name in ("newest.jsonl", "00000002.txt"):
+        (folder / "samples" / name).write_text('{"prompt": "of no step"}\n')
     run = read_run(folder, NOW)
     assert [record["step"] for record in run.metrics] == [10]
     assert [(e.name, e.time, e.step, e.is_fault) for e in run.events] == [("odd", None, None, True)]
-    assert [tuple(sample) for sample in run.samples] == [(1, "a", "b")]
+    assert [tuple(sample) for sample in run.samples] == [(1, "a", "b", None)]
+
+
+def test_the_samples_of_the_newest_steps_come_first(tmp_path):
+    answers = lambda step: [{"prompt": f"{step}?", "answer": f"{n}!", "reward": n / 4} for n in range(3)]  # noqa: E731
+    made = make_run(tmp_path / "run", records(9), samples={step: answers(step) for step in range(1, 90, 2)})
+    samples = read_run(made, NOW).samples
+    assert len(samples) == MOST_SAMPLES
+    assert [tuple(sample) for sample in samples[:4]] == [
+        (89, "89?", "0!", 0.0),
+        (89, "89?", "1!", 0.25),
+        (89, "89?", "2!", 0.5),
+        (87, "87?", "0!", 0.0),
+    ]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"architectures": []}', '{"model": {}, "train": 3}', "\x00"], ids=repr)

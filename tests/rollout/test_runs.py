@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 from jaxllm.errors import UserError
+from jaxllm.generate import continuous
 from jaxllm.generate.run import open_run
+from jaxllm.report.run import read_run
 from jaxllm.rollout.source import RolloutSource
 from jaxllm.train import loop
 from jaxllm.train.config import read_config
 from jaxllm.train.metrics import TIMES, read_metrics
+from jaxllm.train.watch.watchdog import Watchdog
 from tests.benchmarks import alignment
 
 TIMED = (*TIMES, "reshard_seconds", "rollout_tokens_per_second", "rollout_seconds")
@@ -67,6 +70,9 @@ def test_ppo_raises_the_rule_it_is_rewarded_by(letters, tmp_path):
     assert told[-1]["response_length"] == pytest.approx(9, abs=0.5) and told[-1]["ended"] > 0.9
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples" / "00000001.jsonl").read_text().splitlines()]
     assert len(samples) == 8 and set(samples[0]) >= {"prompt", "answer", "reward", "finish_reason"}
+    shown = read_run(tmp_path / "run").samples
+    assert len(shown) > len(samples)
+    assert shown[-8][1:] == tuple(samples[0][name] for name in ("prompt", "answer", "reward"))
 
 
 def test_the_first_update_starts_from_the_policy_that_wrote(letters, tmp_path):
@@ -194,6 +200,26 @@ def test_rollouts_under_layouts(letters, tmp_path, step, kind, number):
     for one, other in zip(found, expected, strict=True):
         for name in ("loss", "grad_norm", *(["critic_loss"] if step == "ppo" else [])):
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), (mesh, name, one["step"])
+
+
+def test_a_rollout_tells_that_it_is_alive(letters, tmp_path, monkeypatch):
+    """Each time its rows have got some tokens: it may take longer than config.train.hang_timeout."""
+    write, goes_on = continuous._Work.write, Watchdog.goes_on
+    calls, silent = [], []  # of the decoder, in all and since the last sign of life
+
+    def counted(work):
+        calls.append(1)
+        silent.append(1)
+        assert len(silent) == 1
+        return write(work)
+
+    monkeypatch.setattr(continuous._Work, "write", counted)
+    monkeypatch.setattr(Watchdog, "goes_on", lambda watchdog, doing: (silent.clear(), goes_on(watchdog, doing)))
+    config = ppo(letters, tmp_path)
+    config.rollout.slots = 8
+    config.train.update(steps=1, log_every=1)
+    trained(config, tmp_path / "run")
+    assert len(calls) >= config.rollout.prompts * config.rollout.samples // 8
 
 
 def test_early_stop_by_the_divergence(letters, tmp_path):

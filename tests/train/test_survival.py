@@ -21,12 +21,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny_run
 
 from jaxllm.errors import LOST, UserError
+from jaxllm.report import listing
+from jaxllm.report.page import page
+from jaxllm.report.run import read_run
 from jaxllm.train import loop
 from jaxllm.train.checkpoint.files import damage_of, list_files
 from jaxllm.train.checkpoint.interval import advice, best_interval, failure_seconds
 from jaxllm.train.metrics import read_metrics
 from jaxllm.train.source import DatasetSource
 from jaxllm.train.watch.audit import Audit
+from jaxllm.train.watch.events import Events
 from jaxllm.train.watch.self_test import Tested, findings, self_test
 from jaxllm.train.watch.sinks import JsonLines
 from jaxllm.train.watch.spikes import Spikes
@@ -149,21 +153,31 @@ def test_the_audit_finds_one_bit_and_nothing_where_all_is_equal():
 
 def test_a_process_in_which_nothing_moves_ends(capfd):
     left = threading.Event()
-    codes = []
-    with Watchdog(0.3, print, leave=lambda code: (codes.append(code), left.set())) as watchdog:
+    codes, written = [], []
+    with Watchdog(0.3, print, written.append, leave=lambda code: (codes.append(code), left.set())) as watchdog:
         for _ in range(6):
             watchdog.alive("computing step 3")
             time.sleep(0.1)
         assert not codes
         assert left.wait(20)
-    assert codes[0] == LOST
+    assert codes[0] == LOST and written[0].startswith("nothing moved for")
     told = capfd.readouterr().err
     assert "nothing moved for" in told and "while computing step 3" in told and "Thread" in told
-    with Watchdog(0.05, print, leave=codes.append) as watchdog:
+    with Watchdog(0.05, print, written.append, leave=codes.append) as watchdog:
         watchdog.alive("compiling", starting=True)
         codes.clear()
+        watchdog.goes_on("compiling more")
         time.sleep(0.4)
     assert not codes
+
+
+def test_a_disk_that_does_not_answer_keeps_no_process_from_ending(monkeypatch):
+    monkeypatch.setattr("jaxllm.train.watch.watchdog.WRITE_SECONDS", 0.1)
+    answers, left = threading.Event(), threading.Event()
+    with Watchdog(0.1, print, lambda why: answers.wait(), leave=lambda code: left.set()) as watchdog:
+        watchdog.alive("saving")
+        assert left.wait(20)
+    answers.set()
 
 
 def test_devices_are_tested_and_the_odd_one_is_named():
@@ -250,3 +264,64 @@ def test_metrics_tell_of_waiting_and_weights_and_biases_gets_them_if_asked(text,
 def test_what_happened_is_written_down(text, tmp_path):
     assert train(text, tmp_path, **{"train.steps": 8}) == 0
     assert [e["event"] for e in events(tmp_path)] == ["started", "saved", "saved", "done"]
+
+
+class Failing(DatasetSource):
+    """Raises for the batch of step 6, whatever is in `raises`."""
+
+    raises: ClassVar[BaseException]
+
+    def next(self, state):
+        if self._loader.state()["rows"] == 5 * 8:
+            raise self.raises
+        return super().next(state)
+
+
+FAILURES = {
+    "crashed": (ValueError("a broken\nbatch"), "crashed", "ValueError: a broken"),
+    "a mistake": (UserError("the data are gone.\nPut them back."), "stopped", "the data are gone.\nPut them back."),
+    "a full disk": (OSError(28, "No space left on device"), "stopped", "no space left on the disk of"),
+    "interrupted": (KeyboardInterrupt(), "stopped", "interrupted"),
+}
+
+
+@pytest.mark.parametrize(("raised", "event", "says"), FAILURES.values(), ids=FAILURES.keys())
+def test_how_a_run_fails_is_written_and_shown(text, tmp_path, monkeypatch, raised, event, says):
+    monkeypatch.setattr(Failing, "raises", raised, raising=False)
+    with pytest.raises(UserError if isinstance(raised, OSError) else type(raised)):
+        train(text, tmp_path, Failing)
+    last = events(tmp_path)[-1]
+    assert (last["event"], last["step"]) == (event, 5) and last["message"].startswith(says)
+    run = read_run(tmp_path)
+    assert run.state == event and run.why == last["message"]
+    assert f" {event} " in list(listing.lines([run], tmp_path.parent))[1] and says in page([run])
+    assert train(text, tmp_path) == 0 and read_run(tmp_path).state == "done"
+
+
+def test_a_mistake_before_a_run_has_begun_is_not_written(text, tmp_path):
+    with pytest.raises(UserError):
+        train(text, tmp_path / "new", **{"mesh.data": 3, "data.batch_size": 8}, devices=3)
+    assert not (tmp_path / "new").exists()
+    assert train(text, tmp_path / "done", **{"train.steps": 8}) == 0
+    before = events(tmp_path / "done")
+    with pytest.raises(UserError):
+        train(text, tmp_path / "done", **{"train.steps": 8, "model.embed_dim": 32})
+    assert events(tmp_path / "done") == before
+
+
+def test_the_end_is_on_the_disk_or_nowhere(tmp_path, monkeypatch):
+    told = Events(tmp_path / "none", print)
+    told.write_end("crashed", "nobody will know")
+    assert not (tmp_path / "none").exists()
+    told = Events(tmp_path, print)
+    told.note("started", 0)
+    monkeypatch.setattr("jaxllm.train.watch.sinks.os.write", lambda file, data: _torn(lambda f, d: 4, file, data))
+    told.write_end("hung", "the disk is full")
+    assert [event["event"] for event in events(tmp_path)] == ["started"]
+    monkeypatch.undo()
+    monkeypatch.setattr(jax, "process_index", lambda: 3)
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    told.note("saved", 7)
+    told.write_end("hung", "nothing moved")
+    assert [(event["event"], event.get("process")) for event in events(tmp_path)] == [("started", None), ("hung", 3)]
+    told.close()

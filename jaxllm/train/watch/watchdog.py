@@ -19,6 +19,7 @@ from jaxllm.errors import LOST
 START_SECONDS = 7200.0  # for what comes before the first step: reading, compiling, restoring
 SLOW = 10.0  # a step that takes so many times the usual time is told of
 TOLD_FROM = 20.0  # seconds: no step is slow before
+WRITE_SECONDS = 10.0  # for the last event: it may be the disk that does not answer
 
 
 class Watchdog:
@@ -27,11 +28,18 @@ class Watchdog:
     Args:
       seconds: after which a process ends where nothing moved; 0: never.
       told: takes what is said of a slow step.
+      write_end: writes down why the process ends.
       leave: how to end, with an exit code.
     """
 
-    def __init__(self, seconds: float, told: Callable[[str], None], leave: Callable[[int], object] = os._exit) -> None:
-        self.seconds, self._told, self._leave = seconds, told, leave
+    def __init__(
+        self,
+        seconds: float,
+        told: Callable[[str], None],
+        write_end: Callable[[str], None],
+        leave: Callable[[int], object] = os._exit,
+    ) -> None:
+        self.seconds, self._told, self._write_end, self._leave = seconds, told, write_end, leave
         self._allowed, self._doing, self._since = START_SECONDS, "starting", time.monotonic()
         self._usual: float | None = None
         self._told_of_this = False
@@ -53,8 +61,12 @@ class Watchdog:
           doing: what comes now.
           starting: it may take long, as a start does.
         """
-        self._doing, self._since, self._told_of_this = doing, time.monotonic(), False
         self._allowed = START_SECONDS if starting else self.seconds
+        self.goes_on(doing)
+
+    def goes_on(self, doing: str) -> None:
+        """Something moved in the midst of what may take as long as was said last."""
+        self._doing, self._since, self._told_of_this = doing, time.monotonic(), False
 
     def usual(self, seconds: float) -> None:
         """What a step usually takes."""
@@ -70,11 +82,15 @@ class Watchdog:
                 self._told(f"{self._doing} has taken {still:.0f} s so far; a step usually takes {self._usual:.2g} s")
 
     def _die(self, still: float) -> None:
+        why = f"nothing moved for {still:.0f} s while {self._doing} (config.train.hang_timeout)"
         print(
-            f"jaxllm: process {jax.process_index()}: nothing moved for {still:.0f} s while {self._doing} "
-            "(config.train.hang_timeout); the run ends here and can go on from its last checkpoint. Where it stood:",
+            f"jaxllm: process {jax.process_index()}: {why}; the run ends here and can go on from its last checkpoint. "
+            "Where it stood:",
             file=sys.stderr,
         )
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         sys.stderr.flush()
+        writing = threading.Thread(target=self._write_end, args=(why,), daemon=True)
+        writing.start()
+        writing.join(WRITE_SECONDS)
         self._leave(LOST)
