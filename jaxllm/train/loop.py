@@ -15,6 +15,7 @@ import jax
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import DONE, PREEMPTED, STOPPED, UserError
 from jaxllm.layout.mesh import in_order
+from jaxllm.remote.copy import fresh_copy, pushed_now_and_then
 from jaxllm.train.checkpoint.interval import advice
 from jaxllm.train.checkpoint.saver import Saver
 from jaxllm.train.config import Config, config_dict
@@ -41,7 +42,7 @@ def train(
     open_source: OpenSource = DatasetSource,
     expects: Expects | None = None,
 ) -> int:
-    """Trains a model in `workdir`, or goes on from its newest checkpoint that can be read.
+    """Trains a model in `workdir`, a folder or an address, or goes on from its newest checkpoint that can be read.
 
     Args:
       devices: default all.
@@ -56,8 +57,10 @@ def train(
     Raises:
       UserError: a mistake in config, data or workdir, or a disk that stayed full.
     """
-    workdir = Path(workdir)
+    workdir = fresh_copy(workdir)
     with _full_disk_is_told(workdir), contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            stack.enter_context(pushed_now_and_then(workdir))
         how = {"devices": devices, "quiet": quiet, "open_source": open_source, "expects": expects}
         return Run(prepare(config, workdir, stack, **how)).go()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 
+from jaxllm.remote.place import with_addresses
 from jaxllm.train.watch.sinks import JsonLines
 
 Value = float | int | str
@@ -28,6 +29,7 @@ class Events:
 
     def tell(self, event: str, step: int, message: str = "", **figures: Value) -> None:
         """Writes an event, and says its message."""
+        message = with_addresses(message)
         if message:
             self.say(message)
         self.note(event, step, message, **figures)
