@@ -4,6 +4,7 @@ The emulator lacks what TensorStore's gs driver asks of a store (version 2026.7.
 read, so TensorStore ends with "Malformed StorageGeneration", and takes no preconditions. Both are added here.
 """
 
+import http.server
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -49,11 +50,14 @@ def gs() -> Iterator[Mapping[str, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    http.server.HTTPServer.request_queue_size = 128  # TensorStore opens many connections at once; one refused waits 1 s
     server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET)
     server.start()
     try:
         url = f"http://127.0.0.1:{port}"
-        yield {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url}
+        # Else gcsfs asks Google, time and again, of which type the bucket is.
+        plain = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+        yield plain | {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url}
     finally:
         server.stop()
 

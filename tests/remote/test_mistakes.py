@@ -1,0 +1,93 @@
+"""What can be wrong with an address is said in a line or two, before anything is compiled."""
+
+import builtins
+
+import pytest
+
+from jaxllm.remote import place, storage
+from tests.mistakes import mistake
+
+CONFIG = "--config=configs/quickstart.py"
+
+
+def test_a_bucket_that_is_not_there(store, capsys):
+    said = mistake(["train", CONFIG, f"--workdir={store[0]}://no-such-bucket/run"], capsys)
+    assert f"there is no bucket {store[0]}://no-such-bucket" in said
+
+
+def test_a_run_that_is_not_there(bucket, capsys):
+    assert f"--workdir {bucket}: no such folder" in mistake(["generate", f"--workdir={bucket}", "--prompt=a"], capsys)
+
+
+@pytest.mark.parametrize("verb", ["train", "generate", "evaluate", "report"])
+def test_an_unknown_scheme(verb, capsys):
+    flags = {"train": [CONFIG], "generate": ["--prompt=a"], "evaluate": ["--input=a.txt"]}.get(verb, [])
+    said = mistake([verb, *flags, "--workdir=hdfs://host/run"], capsys)
+    assert "hdfs:// cannot be read or written; gs:// and s3:// can" in said
+
+
+def test_text_by_an_unknown_scheme(tmp_path, capsys):
+    said = mistake(["train", CONFIG, f"--workdir={tmp_path}", "--config.data.path=https://host/a.txt"], capsys)
+    assert "https:// cannot be read or written" in said
+
+
+def test_a_token_cache_in_a_bucket(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("a text")
+    flags = [f"--config.data.path={tmp_path / 'a.txt'}", "--config.data.cache=gs://bucket/cache"]
+    said = mistake(["train", CONFIG, f"--workdir={tmp_path / 'run'}", *flags], capsys)
+    assert "the token cache (config.data.cache, $JAXLLM_CACHE) gs://bucket/cache is in a bucket" in said
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["tokenizer", "--input=a.txt", "--vocab_size=300", "--out=gs://bucket/tokenizer"],
+        ["convert", "--from=hf:models/llama", "--to=s3://bucket/run"],
+        ["convert", "--from=hf:gs://bucket/llama", "--to=run"],
+        ["report", "--workdir=run", "--out=gs://bucket/report.html"],
+    ],
+)
+def test_what_is_not_written_to_a_bucket(argv, capsys):
+    assert "is in a bucket" in mistake(argv, capsys)
+
+
+@pytest.mark.parametrize(("scheme", "package"), [("gs", "gcsfs"), ("s3", "s3fs")])
+def test_a_package_that_is_missing(scheme, package, capsys, monkeypatch):
+    real_import = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.partition(".")[0] == package:
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    import fsspec
+
+    fsspec.filesystem("file")
+    for cls in ("gs", "gcs", "s3"):
+        monkeypatch.delitem(fsspec.registry.target if hasattr(fsspec.registry, "target") else {}, cls, raising=False)
+    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.delitem(__import__("sys").modules, package, raising=False)
+    said = mistake(["train", CONFIG, f"--workdir={scheme}://bucket/run"], capsys)
+    assert f"needs the package {package}" in said and "pip install 'jaxllm[remote]'" in said
+
+
+def test_no_credentials(store, capsys, monkeypatch):
+    def refuses(*_, **__):
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(storage.filesystem(f"{store[0]}://bucket"), "pipe_file", refuses)
+    said = mistake(["train", CONFIG, f"--workdir={store[0]}://bucket/run"], capsys)
+    assert "no access (PermissionError: Access Denied)" in said and "Log in" in said
+
+
+@pytest.mark.parametrize("scheme", place.SCHEMES)
+def test_addresses_and_the_folders_that_stand_for_them(scheme, tmp_path):
+    assert (
+        place.address(f"{scheme}:/bucket/run") == place.address(f"{scheme}://bucket/run/") == f"{scheme}://bucket/run"
+    )
+    assert place.address(tmp_path) is None and place.address_of(tmp_path) is None
+    folder = place.folder_of(f"{scheme}://bucket/run")
+    assert place.address_of(folder / "checkpoints") == f"{scheme}://bucket/run/checkpoints"
+    assert (
+        place.with_addresses(f"in {folder}/a.txt, and {tmp_path}") == f"in {scheme}://bucket/run/a.txt, and {tmp_path}"
+    )
