@@ -15,6 +15,7 @@ from jaxllm.data.tokenizer import SentencePieceTokenizer
 from jaxllm.data.tokenizer_files import CONFIG_FILE, JSON_FILE
 from jaxllm.data.tokenizer_training import KINDS, SAMPLE_BYTES, train_tokenizer
 from jaxllm.errors import UserError, did_you_mean
+from jaxllm.remote.storage import refuse_remote
 
 EXAMPLES = """\
   jaxllm tokenizer --input 'books/*.txt' --vocab_size 8000 --out tokenizers/books

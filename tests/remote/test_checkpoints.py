@@ -1,5 +1,10 @@
 """Checkpoints in a bucket: whole or not there, damaged ones set aside, old ones removed."""
 
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -7,9 +12,10 @@ import pytest
 from jaxllm.errors import Lost, UserError
 from jaxllm.remote.storage import filesystem
 from jaxllm.train.checkpoint.checkpoints import Checkpoints
-from jaxllm.train.checkpoint.files import FILES
-from jaxllm.train.checkpoint.places import COMMITTED
+from jaxllm.train.checkpoint.places import COMMITTED, FILES
 from tests.train.test_checkpoint import abstract, assert_equal, make_state, place, write
+
+ROOT = Path(__file__).parents[2]
 
 
 def names(bucket) -> list[str]:
@@ -34,51 +40,39 @@ def test_keeps_the_newest_and_the_best(bucket):
     assert names(bucket) == ["2", "4"], "what is not kept is gone"
 
 
-def test_one_without_its_last_file_is_not_there(bucket):
-    write(bucket, [1, 2])
-    filesystem(bucket).rm_file(f"{bucket}/2/{COMMITTED}")
+def test_one_that_was_cut_short_is_not_there(bucket):
+    """By a kill when all of it was written but its last file."""
+    program = (
+        "import sys; from tests.train import test_checkpoint, tiny_run\n"
+        f"tiny_run.kill_at_commit(2); test_checkpoint.write({bucket!r}, [1, 2])"
+    )
+    child = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    assert filesystem(bucket).exists(f"{bucket}/2/params/_METADATA"), "it was about to be whole"
     checkpoints = Checkpoints(bucket)
     assert checkpoints.steps() == [1]
     assert checkpoints.restore(abstract(make_state())).step == 1
+    write(bucket, [2])  # over what is left
+    assert checkpoints.restore(abstract(make_state())).step == 2
+    filesystem(bucket).rm_file(f"{bucket}/2/{COMMITTED}")
+    filesystem(bucket).rm_file(f"{bucket}/2/{FILES}")
     checkpoints.clean_up()
     assert names(bucket) == ["1"]
 
 
-def test_a_step_is_written_again_over_what_was_cut_short(bucket):
-    write(bucket, [1])
-    filesystem(bucket).rm_file(f"{bucket}/1/{COMMITTED}")
-    write(bucket, [1])
-    assert Checkpoints(bucket).restore(abstract(make_state())).step == 1
-
-
-@pytest.mark.parametrize("damage", ["shorter", "changed", "gone"])
-def test_a_damaged_one_is_skipped_said_and_set_aside(bucket, damage):
-    write(bucket, [1, 2])
-    store, file = filesystem(bucket), f"{bucket}/2/run/metadata"
-    data = store.cat_file(file)
-    if damage == "gone":
-        store.rm_file(file)
-    else:
-        store.pipe_file(file, data[:-1] if damage == "shorter" else data.replace(b"0", b"1", 1))
-    said = []
-    restored = Checkpoints(bucket, say=said.append).restore(abstract(make_state()))
-    assert restored.step == 1 and "of step 2 is damaged and skipped (run/metadata" in said[0]
-    assert names(bucket) == ["1", "2.damaged"]
-
-
-def test_arrays_that_changed_are_found_by_their_hash(bucket):
-    write(bucket, [1, 2])
+def test_damaged_ones_are_skipped_said_and_set_aside(bucket):
+    write(bucket, [1, 2, 3, 4])
     store = filesystem(bucket)
-    for name in store.find(f"{bucket}/1/params/ocdbt.process_0/d"):
-        store.cp_file(name, name.replace("/1/params/", "/2/params/"))
-    store.rm(f"{bucket}/2/{FILES}")
-    for name in ("manifest.ocdbt", "ocdbt.process_0/manifest.ocdbt"):
-        store.cp_file(f"{bucket}/1/params/{name}", f"{bucket}/2/params/{name}")
-    for name in store.find(f"{bucket}/1/params/d"):
-        store.cp_file(name, name.replace("/1/params/", "/2/params/"))
+    file = "run/metadata"
+    data = store.cat_file(f"{bucket}/4/{file}")
+    store.rm_file(f"{bucket}/2/{file}")
+    store.pipe_file(f"{bucket}/3/{file}", data[:-1])
+    store.pipe_file(f"{bucket}/4/{file}", data.replace(b"0", b"1", 1))
     said = []
     assert Checkpoints(bucket, say=said.append).restore(abstract(make_state())).step == 1
-    assert "the parameters have the hash" in said[0]
+    for line, found in zip(said, ("has another checksum", "has ", "is missing"), strict=True):
+        assert f"is damaged and skipped ({file} {found}" in line
+    assert names(bucket) == ["1", "2.damaged", "3.damaged", "4.damaged"]
 
 
 def test_a_store_that_does_not_answer_is_no_damage(bucket, monkeypatch):
@@ -111,14 +105,21 @@ def _refuses(step):
     raise PermissionError(13, "no right to write there")
 
 
-def test_another_model_is_refused(bucket):
-    write(bucket, [1])
-    with pytest.raises(UserError, match="is a checkpoint of another model"):
-        Checkpoints(bucket).restore(abstract(make_state(width=8)))
-
-
 def test_parameters_alone(bucket):
     write(bucket, [1, 2])
     step, params, _ = Checkpoints(bucket).restore_params(abstract(make_state()).params, 1)
     assert step == 1
     jax.tree.map(np.testing.assert_array_equal, params, make_state(1).params)
+    with pytest.raises(UserError, match="is a checkpoint of another model"):
+        Checkpoints(bucket).restore(abstract(make_state(width=8)))
+
+
+def test_one_that_was_copied_from_a_disk(bucket, tmp_path):
+    write(tmp_path / "run", [1, 2])
+    filesystem(bucket).put(f"{tmp_path}/run/", f"{bucket}/", recursive=True)
+    filesystem(bucket).rm_file(f"{bucket}/2/state/_METADATA")  # this one was cut short
+    said = []
+    assert Checkpoints(bucket, keep=1, say=said.append).restore(abstract(make_state())).step == 1
+    assert "state/_METADATA is missing" in said[0]
+    write(bucket, [3], keep=1, keep_best=0)
+    assert names(bucket) == ["2.damaged", "3"]

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from jaxllm.cli.config_file import model_of_run
 from jaxllm.cli.main import main
+from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.remote.copy import fresh_copy, local_copy
 from jaxllm.remote.storage import filesystem
 from jaxllm.train.checkpoint.checkpoints import Checkpoints
-from jaxllm.train.checkpoint.places import COMMITTED
+from jaxllm.train.initial import newest_identity
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 import kill_campaign
@@ -36,23 +38,22 @@ def on_disk(text) -> Path:
 
 
 @pytest.fixture(scope="module")
-def killed(store, text) -> str:
-    """A run in a bucket that was killed when only the last file of the checkpoint of step 8 was missing."""
+def gone_on(store, text, on_disk) -> str:
+    """A run that was killed in a save, and started again by a process that has nothing of it but the address.
+
+    Of one store; to the other the run on the disk is copied.
+    """
     url = f"{store[0]}://bucket/killed"
+    if store[0] == "gs":
+        filesystem(url).put(f"{on_disk}/", f"{url}/", recursive=True)
+        return url
     child = tiny_run.start(url, text, *STEPS, **{tiny_run.KILL_AT_COMMIT: "8"})
     said = child.communicate()
     assert child.returncode == -signal.SIGKILL, said
+    assert filesystem(url).exists(f"{url}/checkpoints/8/params/_METADATA")
+    assert Checkpoints(f"{url}/checkpoints").steps() == [4]
+    run(url, text)
     return url
-
-
-@pytest.fixture(scope="module")
-def gone_on(killed, text) -> str:
-    """The same started again by a process that has nothing of it but the address; the text is in the bucket, too."""
-    left = filesystem(killed).ls(f"{killed}/checkpoints/8", detail=False)
-    assert left and not any(name.endswith(COMMITTED) for name in left)
-    assert Checkpoints(f"{killed}/checkpoints").steps() == [4]
-    run(killed, text)
-    return killed
 
 
 def run(workdir, text) -> None:
@@ -62,6 +63,8 @@ def run(workdir, text) -> None:
 
 
 def test_goes_on_as_if_nothing_had_happened(gone_on, on_disk):
+    if gone_on.startswith("gs:"):
+        pytest.skip("killed and gone on with in the other store alone, as it takes its time")
     copy = fresh_copy(gone_on)
     assert kill_campaign.records(copy) == kill_campaign.records(on_disk)
     theirs = Checkpoints(f"{gone_on}/checkpoints").newest_run()
@@ -83,33 +86,19 @@ def test_is_read_as_a_run_on_a_disk(gone_on, on_disk, capsys):
         assert main([verb, f"--workdir={workdir}", *rest]) == 0
         return capsys.readouterr().out
 
-    for flags in (
-        ("generate", "--prompt=the cat", "--max_new_tokens=5", "--temperature=0"),
-        ("evaluate", f"--input={on_disk.parent / 'text.txt'}", "--json"),
-    ):
-        assert says(gone_on, *flags) == says(on_disk, *flags)
+    flags = ("generate", "--prompt=the cat", "--max_new_tokens=5", "--temperature=0")
+    assert says(gone_on, *flags) == says(on_disk, *flags)
     assert says(gone_on, "report") == f"{gone_on}/report.html\n"
     assert b"<html" in filesystem(gone_on).cat_file(f"{gone_on}/report.html")
     assert main(["runs", gone_on, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["state"] == "done"
 
 
-def test_another_run_starts_from_it(gone_on, text, tmp_path, capsys):
-    config = tmp_path / "config.py"
-    config.write_text(
-        "from jaxllm.train.config import base_config\n"
-        "def get_config():\n"
-        "    config = base_config()\n"
-        f"    config.data.update(path={str(text)!r}, cache={str(text.parent / 'cache')!r}, batch_size=8)\n"
-        f"    config.data.update(held_out='0.02', tokenizer={gone_on + '/tokenizer'!r})\n"
-        f"    config.train.update(steps=1, init_from={gone_on!r}, eval_batches=1)\n"
-        "    config.precision.update(compute='float32')\n"
-        "    return config\n"
-    )
-    workdir = tmp_path / "run"
-    assert main(["train", f"--config={config}", f"--workdir={workdir}", f"--config.model={gone_on}"]) == 0
-    assert f"parameters of {gone_on}, step 12" in capsys.readouterr().err
-    assert (workdir / "tokenizer").is_dir()
+def test_another_run_can_start_from_it(gone_on, on_disk):
+    assert model_of_run(gone_on) == model_of_run(str(on_disk))
+    assert newest_identity(local_copy(gone_on)) == newest_identity(on_disk)
+    tokenizers = [load_tokenizer(f"{run}/tokenizer") for run in (gone_on, on_disk)]
+    assert tokenizers[0].fingerprint == tokenizers[1].fingerprint
 
 
 def test_a_small_file_is_fetched_once(gone_on):

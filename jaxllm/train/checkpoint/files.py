@@ -7,9 +7,8 @@ hashes of its content as it is restored (train/checkpoint/tree_hash.py): those f
 import json
 import zlib
 
-from jaxllm.train.checkpoint.places import Place
+from jaxllm.train.checkpoint.places import FILES, Place
 
-FILES = "files.json"
 SMALL = 2**20  # bytes
 
 

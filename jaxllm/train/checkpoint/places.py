@@ -2,7 +2,8 @@
 
 On a disk a checkpoint is written beside its place and renamed when it is whole, so a number for a name says that it is.
 An object store renames nothing: there it is written in its place, and whole once it holds `commit_success.txt`, which
-Orbax writes last. What is to go loses that first.
+Orbax writes last. What is to go loses that first. One that was copied from a disk has none, but a list of its files, which
+tells whether all came along (train/checkpoint/files.py).
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from jaxllm.train.checkpoint.s3 import teach_orbax_s3
 UNFINISHED = ".orbax-checkpoint-tmp"  # of one that Orbax is writing, or was when it was killed
 REMOVED = ".removed"  # suffix of a checkpoint on its way out
 COMMITTED = "commit_success.txt"  # of a whole one in a bucket
+FILES = "files.json"  # the list of its files, written once it is whole
 
 
 class Place(Protocol):
@@ -140,7 +142,7 @@ class InBucket:
 
     def steps(self) -> list[int]:
         with as_os_error():
-            return [step for step in self._all_steps() if self._store.exists(f"{self._url}/{step}/{COMMITTED}")]
+            return [step for step in self._all_steps() if any(map(self._store.exists, self._marks(step)))]
 
     def free_bytes(self) -> float:
         return float("inf")
@@ -160,8 +162,9 @@ class InBucket:
 
     def remove(self, steps: Sequence[int]) -> threading.Thread:
         with as_os_error():
-            for step in steps:
-                self._store.rm_file(f"{self._url}/{step}/{COMMITTED}")
+            for mark in [mark for step in steps for mark in self._marks(step)]:
+                with contextlib.suppress(FileNotFoundError):
+                    self._store.rm_file(mark)
 
         def remove() -> None:
             for step in steps:
@@ -194,6 +197,10 @@ class InBucket:
     def _name(self, step: int, path: str) -> str:
         """That of a file of a checkpoint: fsspec gives a path from its bucket on."""
         return path.removeprefix(f"{self._url.partition('://')[2]}/{step}/")
+
+    def _marks(self, step: int) -> list[str]:
+        """Files one of which only a whole checkpoint has."""
+        return [f"{self._url}/{step}/{name}" for name in (COMMITTED, FILES)]
 
     def _all_steps(self) -> list[int]:
         """Whole or not."""
