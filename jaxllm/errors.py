@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
+from jaxllm.remote.place import with_addresses
+
 DONE = 0
 STOPPED = 1  # for a reason that would come again: the gradient stayed non-finite, replicas differ
 MISTAKE = 2  # the user's
@@ -23,7 +25,7 @@ class UserError(Exception):
     """A mistake the user can mend. The message names the value, the rule and the nearest way out."""
 
     def __init__(self, message: str):
-        super().__init__(re.sub(rf"\S{{{LONGEST_WORD},}}", _shortened, message))
+        super().__init__(re.sub(rf"\S{{{LONGEST_WORD},}}", _shortened, with_addresses(message)))
 
 
 def _shortened(word: re.Match[str]) -> str:

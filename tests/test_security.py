@@ -26,6 +26,7 @@ MODULES = {
     *("torch", "yaml", "imp", "ctypes", "cffi", "xmlrpc"),
     *("socket", "http", "urllib", "urllib3", "requests", "httpx", "aiohttp", "ftplib", "smtplib", "websockets"),
     *("wandb", "mlflow", "comet_ml", "neptune", "sentry_sdk", "posthog", "huggingface_hub", "transformers", "datasets"),
+    *("fsspec", "gcsfs", "s3fs", "boto3", "botocore"),
 }
 CALLS = {"eval", "exec", "compile", "__import__", "system", "popen", "import_module", "read_pickle", "from_pretrained"}
 METHODS_OF_OTHERS = ("re.compile", "lowered.compile", "program.lowered.compile")  # no code of Python's
@@ -34,6 +35,7 @@ ALLOWED = {
     ("cli/config_file.py", "compile"): "the same",
     ("layout/named.py", "exec"): "FILE.py:NAME of a config: rules, schedules and rewards of the user's own",
     ("layout/named.py", "compile"): "the same",
+    ("remote/storage.py", "fsspec"): "buckets, where a path is an address: gs://, s3://",
     ("train/watch/sinks.py", "wandb"): "Weights & Biases, where config.train.wandb_project names a project",
     ("cli/main.py", "import_module"): "a verb's own file, by a name of the table VERBS",
     ("cli/instructions/__init__.py", "import_module"): "a file of the verb's, by a name of its table",

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from jaxllm.config import defaults
 from jaxllm.errors import UserError, did_you_mean, file_line
+from jaxllm.remote.copy import local_copy
 from jaxllm.train.config import GROUPS, Config, base_config, read_config
 
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
@@ -103,7 +104,7 @@ def override(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
 def _preset(name: str) -> Mapping[str, Any]:
     from jaxllm.model import presets
 
-    if os.path.isfile(Path(name) / "config.json"):
+    if os.path.isfile(local_copy(name) / "config.json"):
         return model_of_run(name)
     known = dict(inspect.getmembers(presets, inspect.isfunction))
     if name not in known:
@@ -131,7 +132,7 @@ def model_of_run(name: str) -> Mapping[str, Any]:
 
 
 def _group_of_run(name: str, group: str) -> dict[str, Any]:
-    file = Path(name) / "config.json"
+    file = local_copy(name) / "config.json"
     if not os.path.isfile(file):  # unlike Path's, false of a name that no file may have
         raise UserError(
             f"--config.{group}={name}: no run is there: no config.json in it. It is what jaxllm train --workdir wrote."

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from jaxllm.cli.config_file import merge, override
 from jaxllm.cli.flags import Parser
 from jaxllm.errors import UserError
+from jaxllm.remote.copy import local_copy
+from jaxllm.remote.storage import refuse_remote
 
 if TYPE_CHECKING:
     from jaxllm.train.config import Config
@@ -66,6 +68,8 @@ def main(argv: list[str]) -> int:
             if options.base
             else f"--from {options.source} is an adapter: say which model it is for, --base WORKDIR."
         )
+    for place in [place for place in (options.source, options.target) if _form(place)] + [options.target]:
+        refuse_remote(place.removeprefix(_form(place)), "convert:", "It reads a WORKDIR there and no more: copy it.")
     convert(options, overrides)
     return 0
 
@@ -89,14 +93,14 @@ def _export(options: argparse.Namespace, overrides: Mapping[str, str]) -> None:
 
     size = parse_size(options.max_shard_size)
     config = _source_config(options.source, overrides)
-    export_run(Path(options.source), Path(options.target.removeprefix(HF)), config, options.dtype, size, _say)
+    export_run(local_copy(options.source), Path(options.target.removeprefix(HF)), config, options.dtype, size, _say)
 
 
 def _merge(options: argparse.Namespace, overrides: Mapping[str, str]) -> None:
     from jaxllm.interop.merge import merge_run
 
     config = _source_config(options.source, overrides)
-    merge_run(Path(options.source), Path(options.target), config, _say)
+    merge_run(local_copy(options.source), Path(options.target), config, _say)
 
 
 def _import_adapter(options: argparse.Namespace, overrides: Mapping[str, str]) -> None:
@@ -104,19 +108,19 @@ def _import_adapter(options: argparse.Namespace, overrides: Mapping[str, str]) -
 
     config = _run_config(options.base, "--base", overrides)
     folder = Path(options.source.removeprefix(PEFT))
-    import_adapter(folder, Path(options.base), Path(options.target), config, _say)
+    import_adapter(folder, local_copy(options.base), Path(options.target), config, _say)
 
 
 def _export_adapter(options: argparse.Namespace, overrides: Mapping[str, str]) -> None:
     from jaxllm.interop.peft.export import export_adapter
 
     config = _source_config(options.source, overrides)
-    export_adapter(Path(options.source), Path(options.target.removeprefix(PEFT)), config, _say)
+    export_adapter(local_copy(options.source), Path(options.target.removeprefix(PEFT)), config, _say)
 
 
 def _source_config(source: str, overrides: Mapping[str, str]) -> "Config":
     """The config of the run that --from names."""
-    workdir = Path(source)
+    workdir = local_copy(source)
     if not (workdir / "checkpoints").is_dir():
         if (workdir / "adapter_config.json").is_file():
             raise UserError(f"--from {source} is an adapter as PEFT writes them. Write --from {PEFT}{source}.")

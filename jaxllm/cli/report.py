@@ -5,6 +5,9 @@ from pathlib import Path
 
 from jaxllm.cli.flags import Parser
 from jaxllm.errors import UserError
+from jaxllm.remote.copy import local_copy, push
+from jaxllm.remote.place import with_addresses
+from jaxllm.remote.storage import refuse_remote
 
 EXAMPLES = """\
   jaxllm report --workdir runs/sanguo
@@ -22,10 +25,13 @@ def main(argv: list[str]) -> int:
     options = parser.parse(argv)
     if not options.workdir:
         raise UserError("say which run: --workdir DIR, the folder that `jaxllm train --workdir DIR` wrote.")
-    folders = [Path(name) for name in dict.fromkeys(options.workdir)]
+    folders = [local_copy(name) for name in dict.fromkeys(options.workdir)]
+    refuse_remote(options.out, "--out")
     file = Path(options.out) if options.out else folders[0] / "report.html"
     _write(file, folders)
-    print(file)
+    if not options.out:
+        _push(file)
+    print(with_addresses(str(file)))
     return 0
 
 
@@ -38,3 +44,11 @@ def _write(file: Path, folders: Sequence[Path]) -> None:
         file.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"{file} cannot be written: {error.strerror}. Say where else: --out FILE.html.") from None
+
+
+def _push(file: Path) -> None:
+    """To where the run is, where that is in a bucket."""
+    try:
+        push(file.parent)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error}. Say where else: --out FILE.html.") from None

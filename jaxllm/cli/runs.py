@@ -5,6 +5,7 @@ from pathlib import Path
 
 from jaxllm.cli.flags import Parser
 from jaxllm.errors import UserError
+from jaxllm.remote.copy import local_copy
 
 EXAMPLES = """\
   jaxllm runs runs
@@ -22,7 +23,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse(argv)
     if not options.directory:
         raise UserError("say where the runs are: jaxllm runs DIR.")
-    folder = Path(options.directory)
+    folder = local_copy(options.directory)
     if not folder.is_dir():
         raise UserError(f"{folder}: {'a file, not a folder' if folder.exists() else 'no such folder'}.")
     return _list(folder, options.json)

@@ -15,6 +15,7 @@ from jaxllm.data.tokenizer import SentencePieceTokenizer
 from jaxllm.data.tokenizer_files import CONFIG_FILE, JSON_FILE
 from jaxllm.data.tokenizer_training import KINDS, SAMPLE_BYTES, train_tokenizer
 from jaxllm.errors import UserError, did_you_mean
+from jaxllm.remote.storage import refuse_remote
 
 EXAMPLES = """\
   jaxllm tokenizer --input 'books/*.txt' --vocab_size 8000 --out tokenizers/books
@@ -48,6 +49,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--kind={flags.kind} is unknown. {did_you_mean(flags.kind, KINDS)}")
     if flags.vocab_size < 1 or flags.sample_bytes < 1:
         raise UserError(f"--vocab_size={flags.vocab_size} and --sample_bytes={flags.sample_bytes} must be above 0.")
+    refuse_remote(flags.out, "--out")
     if foreign := [name for name in (JSON_FILE, CONFIG_FILE) if (Path(flags.out) / name).exists()]:
         raise UserError(f"--out={flags.out} holds a Hugging Face tokenizer ({foreign[0]}). Write to another folder.")
     source = open_source(flags.source, flags.input, flags.field)

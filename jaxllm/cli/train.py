@@ -7,6 +7,8 @@ from jaxllm.cli import distributed
 from jaxllm.cli.config_file import load_config, refuse_unnamed
 from jaxllm.cli.flags import Parser
 from jaxllm.errors import UserError
+from jaxllm.remote.place import address
+from jaxllm.remote.storage import check_writable, is_remote
 
 EXAMPLES = """\
   jaxllm train --config configs/shakespeare.py --workdir runs/shakespeare
@@ -21,14 +23,15 @@ preset (gpt2, llama3_8b, …). Run the same command again and the run goes on fr
 def main(argv: list[str]) -> int:
     parser = Parser("train", "Trains a model, or goes on with a run that was interrupted.", EXAMPLES)
     parser.add_config()
-    parser.add_argument("--workdir", metavar="DIR", help="where the run lives: config, metrics, checkpoints, tokenizer")
+    parser.add_argument(
+        "--workdir", metavar="DIR", help="where the run lives: a folder, or gs://BUCKET/… or s3://BUCKET/…"
+    )
     distributed.add_flags(parser)
     options, overrides = parser.parse_with_overrides(argv)
     refuse_unnamed(options.config, "what to train")
     if not options.workdir:
         raise UserError("say where the run lives: --workdir DIR.")
-    workdir = Path(options.workdir)
-    _check_workdir(workdir)
+    _check_workdir(options.workdir)
     config = load_config(options.config, overrides)
 
     distributed.initialize(options, config.train.hang_timeout or distributed.HEARTBEAT_SECONDS)
@@ -44,11 +47,14 @@ def main(argv: list[str]) -> int:
     from jaxllm.train.source import DatasetSource
 
     open_source = RolloutSource if STEPS[config.train_step].draws else DatasetSource
-    return loop.train(config, workdir, open_source=open_source, expects=expected)
+    return loop.train(config, options.workdir, open_source=open_source, expects=expected)
 
 
-def _check_workdir(workdir: Path) -> None:
-    """Refuses a folder that could not be made or written, hours before the first checkpoint would tell."""
+def _check_workdir(given: str) -> None:
+    """Refuses a place that could not be made or written, hours before the first checkpoint would tell."""
+    if is_remote(given, "--workdir"):
+        return check_writable(address(given))
+    workdir = Path(given)
     nearest = next(path for path in (workdir, *workdir.absolute().parents) if os.path.exists(path))
     if not nearest.is_dir():
         inside = "" if nearest == workdir else f": {nearest}, on the way to it,"

@@ -41,9 +41,9 @@ def check_records(config: DataConfig) -> None:
 def refuse_held_out_in_training(path: str, components: Sequence[Component], field: str) -> None:
     """A glob or a folder easily takes the held-out file in; every figure of an evaluation would then be flattered."""
     source = open_source(kind_of(path), path, field, "config.data.held_out")
-    held_out_files = {file.path.resolve() for file in getattr(source, "files", ())}
-    trained_on = [f.path for c in components for f in getattr(c.source, "files", ())]
-    if shared := [str(path) for path in trained_on if path.resolve() in held_out_files]:
+    held_out_files = {file.real_path for file in getattr(source, "files", ())}
+    trained_on = [file for c in components for file in getattr(c.source, "files", ())]
+    if shared := [str(file.path) for file in trained_on if file.real_path in held_out_files]:
         raise UserError(
             f"config.data.held_out='file:{path}': {shared[0]} is also one of the files that are trained on. "
             "Move it out of config.data.path."

@@ -11,7 +11,9 @@ class DataConfig:
     """Where the text comes from and how it becomes batches."""
 
     source: str = "text"  # text | jsonl | json | parquet | csv | arrayrecord | tfds:name/config:split | mixture
-    path: str = ""  # files, globs or folders, joined by commas; of a mixture: "text:a.txt=0.7,jsonl:b.jsonl.gz=0.3"
+    path: str = (
+        ""  # files, globs, folders, gs://, s3://, joined by commas; mixture: "text:a.txt=0.7,jsonl:b.jsonl.gz=0.3"
+    )
     field: str = "text"  # the field of a record (of any kind but text) that holds the text
     fields: str = ""  # of examples, where they have other names: "prompt=question,completion=instances.0.output"
     tokenizer: str = "bpe:8000"  # "bpe:N", "unigram:N": trained; else a folder with tokenizer.json or a .model file

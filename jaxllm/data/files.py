@@ -1,4 +1,7 @@
-"""Files the user names: paths, globs and folders; plain or compressed; UTF-8, or a message that says where not."""
+"""Files the user names: paths, globs and folders; plain or compressed; UTF-8, or a message that says where not.
+
+They may be in a bucket, gs:// or s3://, and are read from there.
+"""
 
 import difflib
 import glob
@@ -6,13 +9,14 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import zstandard
 
 from jaxllm.errors import UserError
+from jaxllm.remote.storage import RemoteFile, filesystem, is_remote, reaching
 
 COMPRESSED = (".gz", ".zst")
 
@@ -20,8 +24,26 @@ COMPRESSED = (".gz", ".zst")
 class InputFile(NamedTuple):
     """A file to read. One that a glob or a folder turned up may be empty; one that was named may not."""
 
-    path: Path
+    path: Path | RemoteFile
     named: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return self.path.size if isinstance(self.path, RemoteFile) else self.path.stat().st_size
+
+    @property
+    def real_path(self) -> str:
+        """One for each file, by whatever links it was found."""
+        return str(self.path) if isinstance(self.path, RemoteFile) else str(self.path.resolve())
+
+    @property
+    def identity(self) -> list[str | int]:
+        """What its content is taken to hang on: absolute path, size, time of change (nanoseconds) or version."""
+        if isinstance(self.path, RemoteFile):
+            return [self.path.url, self.path.size, self.path.version]
+        stat = self.path.stat()
+        return [os.path.abspath(self.path), stat.st_size, stat.st_mtime_ns]
 
 
 def find_files(paths: str, suffixes: Sequence[str], what: str) -> list[InputFile]:
@@ -34,10 +56,11 @@ def find_files(paths: str, suffixes: Sequence[str], what: str) -> list[InputFile
     """
     if not paths.strip():
         raise UserError(f"No path is given for {what}. Name files, globs or folders, joined by commas.")
-    found: dict[Path, InputFile] = {}
+    found: dict[str, InputFile] = {}
     for item in filter(None, (part.strip() for part in paths.split(","))):
-        for file in _expand(os.path.expanduser(item), suffixes, what):
-            found.setdefault(Path(os.path.abspath(file.path)), file)
+        expanded = _expand_remote if is_remote(item) else _expand
+        for file in expanded(os.path.expanduser(item), suffixes, what):
+            found.setdefault(file.identity[0], file)
     return list(found.values())
 
 
@@ -59,6 +82,32 @@ def _expand(item: str, suffixes: Sequence[str], what: str) -> list[InputFile]:
     raise UserError(f"{item}: no such file or folder.{_nearest(path)}")
 
 
+def _expand_remote(item: str, suffixes: Sequence[str], what: str) -> list[InputFile]:
+    """As `_expand`, of an address in a bucket."""
+    store, scheme = filesystem(item), item.partition("://")[0]
+
+    def listed(entries: Mapping[str, dict[str, Any]], named: bool) -> list[InputFile]:
+        there = [entry for _, entry in sorted(entries.items()) if entry["type"] == "file"]
+        return [InputFile(RemoteFile.listed(scheme, entry), named) for entry in there]
+
+    try:
+        with reaching(item):
+            if glob.has_magic(item):
+                if not (inside := listed(store.glob(item, detail=True), named=False)):
+                    raise UserError(f"{item}: no file matches this glob.")
+                return inside
+            entry = store.info(item)
+            if entry["type"] == "file":
+                return listed({item: entry}, named=True)
+            inside = listed(store.find(item, detail=True), named=False)
+    except FileNotFoundError:
+        raise UserError(f"{item}: no such file or folder.") from None
+    endings = tuple(suffix + end for suffix in suffixes for end in ("", *COMPRESSED))
+    if not (inside := [file for file in inside if file.path.name.endswith(endings)]):
+        raise UserError(f"{item}: the folder holds no {what} ({', '.join(suffixes)}). For other names use a glob.")
+    return inside
+
+
 def _nearest(path: Path) -> str:
     """A hint: the nearest parent that exists, or a file of a similar name."""
     if os.path.lexists(path):
@@ -71,14 +120,13 @@ def _nearest(path: Path) -> str:
 
 
 def identity(files: Sequence[InputFile]) -> list[list[str | int]]:
-    """What the content of `files` is taken to hang on: absolute path, size, time of change (nanoseconds)."""
-    stats = [(file.path, file.path.stat()) for file in files]
-    return [[os.path.abspath(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+    """What the content of `files` is taken to hang on."""
+    return [file.identity for file in files]
 
 
 def total_bytes(files: Sequence[InputFile]) -> int:
     """Bytes on disk."""
-    return sum(file.path.stat().st_size for file in files)
+    return sum(file.size for file in files)
 
 
 class _Zstandard(io.RawIOBase):
@@ -116,12 +164,12 @@ class _Zstandard(io.RawIOBase):
 class Reader:
     """A file opened for reading, unpacked on the fly; `position` counts bytes on disk, for progress."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path | RemoteFile):
         self.path = path
         try:
             self._raw = path.open("rb")
         except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}.") from error
+            raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
         self._stream = self._unpacked()
 
     def _unpacked(self) -> BinaryIO:

@@ -22,7 +22,7 @@ def read_json_list(file: files.InputFile) -> Records:
     """
     with files.Reader(file.path) as reader:
         text = files.decode_text(reader.read(), str(file.path))
-    size, records = file.path.stat().st_size, 0
+    size, records = file.size, 0
     for value, line, end in _values(text, file):
         records += 1
         yield value, f"{file.path}:{line}", size * end // len(text)

@@ -33,6 +33,7 @@ from jaxllm.data.held_out import Piece
 from jaxllm.data.supervision import EncodedExample
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import UserError
+from jaxllm.remote.storage import refuse_remote
 
 VERSION = 2
 RECORD = 8192  # tokens: what one random read costs
@@ -310,8 +311,14 @@ def in_batches(pieces: Iterable[SomeSized], characters: int = BATCH) -> Iterator
 
 
 def cache_folder(configured: str) -> Path:
-    """`config.data.cache`, else $JAXLLM_CACHE, else ~/.cache/jaxllm."""
-    return Path(configured or os.environ.get("JAXLLM_CACHE") or "~/.cache/jaxllm").expanduser()
+    """`config.data.cache`, else $JAXLLM_CACHE, else ~/.cache/jaxllm.
+
+    Raises:
+      UserError: it is in a bucket: tokens are read at random.
+    """
+    folder = configured or os.environ.get("JAXLLM_CACHE") or "~/.cache/jaxllm"
+    refuse_remote(folder, "the token cache (config.data.cache, $JAXLLM_CACHE)", "Give a folder on a disk.")
+    return Path(folder).expanduser()
 
 
 def cache_key(*parts: Any) -> str:

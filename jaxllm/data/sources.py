@@ -15,6 +15,7 @@ from jaxllm.data import files
 from jaxllm.data.config import DataConfig
 from jaxllm.data.json_csv import read_csv, read_json_list
 from jaxllm.errors import UserError, did_you_mean
+from jaxllm.remote.storage import RemoteFile
 
 PATH = "config.data.path"
 
@@ -87,7 +88,7 @@ class FileSource:
         for file in self.files:
             for value, origin, position in read(file):
                 yield value, origin, min((before + position) / total, 1.0), str(file.path)
-            before += file.path.stat().st_size
+            before += file.size
 
     def identity(self) -> list[Any]:
         return [self.kind, self.field, files.identity(self.files)]
@@ -181,11 +182,11 @@ def _parquet_rows(file: files.InputFile, column: str | None) -> ReadRecords:
 
     row = 0
     try:
-        table = pyarrow.parquet.ParquetFile(file.path)
+        table = pyarrow.parquet.ParquetFile(file.path.open("rb") if isinstance(file.path, RemoteFile) else file.path)
         names = table.schema_arrow.names
         if column is not None and column not in names:
             raise UserError(f"{file.path}: no column '{column}'. There are: {', '.join(names)}. Set config.data.field.")
-        size = file.path.stat().st_size
+        size = file.size
         for batch in table.iter_batches(batch_size=1024, columns=None if column is None else [column]):
             for record in batch.to_pylist():
                 yield record, f"{file.path}: row {row}", size * (row + 1) // table.metadata.num_rows
@@ -220,7 +221,9 @@ def _json_object(text: str, where: str, hint: str = "") -> Any:
 def _arrayrecord_texts(file: files.InputFile) -> Read:
     import grain
 
-    size = file.path.stat().st_size
+    if isinstance(file.path, RemoteFile):
+        raise UserError(f"{file.path}: ArrayRecord files are read from a disk alone. Copy them to a local folder.")
+    size = file.size
     try:
         records = grain.sources.ArrayRecordDataSource([str(file.path)])
         for i in range(len(records)):

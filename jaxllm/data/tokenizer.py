@@ -22,6 +22,7 @@ from jaxtyping import Int
 from jaxllm.data.chat_template import TEMPLATE_FILE, ChatTemplate, find_template
 from jaxllm.data.tokenizer_files import FILES, JSON_FILE, MODEL_FILE
 from jaxllm.errors import UserError
+from jaxllm.remote.copy import local_copy
 
 SPACE = "\u2581"  # how sentencepiece writes a space inside a piece
 CHUNK = 1 << 16  # characters encoded at once; a longer text is cut at a line end
@@ -284,12 +285,13 @@ def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> N
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Opens a Hugging Face `tokenizer.json` with what its folder says about it, or a sentencepiece `.model` file.
 
-    Of a folder that holds both, `tokenizer.json` is taken: it is what an imported model was trained with.
+    Of a folder that holds both, `tokenizer.json` is taken: it is what an imported model was trained with. In a bucket,
+    too.
 
     Raises:
       UserError: nothing there, a folder with none or several models, or a file that is broken or something else.
     """
-    file = Path(path).expanduser()
+    file = local_copy(path).expanduser()
     if file.is_dir():
         named = [file / name for name in (JSON_FILE, MODEL_FILE) if (file / name).exists()]
         models = named[:1] or sorted(file.glob("*.model"))

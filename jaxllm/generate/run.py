@@ -21,6 +21,7 @@ from jaxllm.layout.named import is_named
 from jaxllm.layout.scope import joined, like
 from jaxllm.model.attention_check import check_backend
 from jaxllm.model.spec import ModelSpec, model_spec
+from jaxllm.remote.copy import local_copy
 from jaxllm.train.checkpoint.checkpoints import Checkpoints
 from jaxllm.train.checks import check_for_use
 from jaxllm.train.config import Config, config_dict, read_config
@@ -54,7 +55,7 @@ def read_run_config(workdir: str | Path, flag: str = "--workdir") -> Config:
     Raises:
       UserError: no such folder, or one that holds no run.
     """
-    given, workdir = str(workdir), Path(workdir)
+    given, workdir = str(workdir), local_copy(workdir)
     file = workdir / "config.json"
     if given.startswith("hf:") or list(workdir.glob("*.safetensors*")):
         raise UserError(
@@ -148,7 +149,7 @@ def open_run(workdir: str | Path, config: Config | None = None, say: Callable[[s
       UserError: no run or no checkpoint there, one of another model, a layout that does not fit, or an attention
         backend that cannot run here or differs from the formula.
     """
-    workdir = Path(workdir)
+    workdir = local_copy(workdir)
     if config is None:
         config = layout_for_use(read_run_config(workdir), jax.device_count())
     for axis in ("pipeline", "context"):

@@ -1,12 +1,12 @@
 """The reward model of a run: restored once, beside the model that is trained, under the same layout."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.layout.layout import Layout
 from jaxllm.model.spec import ModelSpec
+from jaxllm.remote.copy import local_copy
 from jaxllm.train.config import Config
 from jaxllm.train.initial import restore_base
 from jaxllm.train.scorer import check_scorer, restore_scorer
@@ -45,6 +45,6 @@ def open_reward_model(
     if scorer.base_hash in ("", base_hash):
         return RewardModel(scorer.spec, scorer.own, {})
     identity = {"parameter_hash": scorer.base_hash, "step": "?"}
-    base = restore_base(Path(source), scorer.config, identity, abstract_base(scorer.spec, layout), say)
+    base = restore_base(local_copy(source), scorer.config, identity, abstract_base(scorer.spec, layout), say)
     frozen = frozen_state(base.params, scorer.spec, layout, config.precision.compute)
     return RewardModel(scorer.spec, scorer.own, frozen)

@@ -11,6 +11,7 @@ from jaxllm.errors import UserError, did_you_mean
 from jaxllm.model.adapter_config import AdapterConfig
 from jaxllm.model.config import ModelConfig, differing
 from jaxllm.model.spec import ModelSpec
+from jaxllm.remote.copy import local_copy
 from jaxllm.train.checkpoint.checkpoints import Checkpoints
 from jaxllm.train.config import Config, read_config
 from jaxllm.train.state import Params
@@ -32,7 +33,7 @@ def refuse_parameters_alone(stored: Mapping[str, Any], workdir: Path) -> None:
 
 def refuse_new_tokenizer(config: Config) -> None:
     """A model keeps its tokenizer: said before another one is learned."""
-    theirs = Path(config.train.init_from) / "tokenizer"
+    theirs = local_copy(config.train.init_from) / "tokenizer"
     if theirs.is_dir() and parse_tokenizer(config.data.tokenizer) is not None:
         raise UserError(
             f"config.data.tokenizer={config.data.tokenizer} would be trained anew, but the model of "
@@ -49,7 +50,7 @@ def check_initial(config: Config, spec: ModelSpec, tokenizer: Tokenizer, field: 
     Raises:
       UserError: no run there, another model (by field) or another tokenizer.
     """
-    source = Path(getattr(config.train, field))
+    source = local_copy(getattr(config.train, field))
     theirs = read_config(_newest_run(source)["config"])
     if theirs.adapter.kind != "none":
         raise UserError(
@@ -135,7 +136,7 @@ def newest_identity(workdir: Path) -> dict[str, Any]:
 
 def restore_initial(source: str, abstract: Params, say: Callable[[str], None]) -> Base:
     """The parameters of the newest checkpoint of the run in `source`, placed as `abstract` says."""
-    with Checkpoints(Path(source) / "checkpoints", say=say) as checkpoints:
+    with Checkpoints(local_copy(source) / "checkpoints", say=say) as checkpoints:
         restored = checkpoints.restore_params(abstract)
     assert restored is not None, "check_initial found a checkpoint"
     step, params, run = restored
@@ -145,7 +146,7 @@ def restore_initial(source: str, abstract: Params, say: Callable[[str], None]) -
 
 def has_scalar_head(source: str) -> bool:
     """Whether the run in `source` has one, of its own."""
-    config = read_config(_newest_run(Path(source))["config"])
+    config = read_config(_newest_run(local_copy(source))["config"])
     return config.model.scalar_head and config.adapter.kind == "none"
 
 
@@ -166,7 +167,7 @@ def restore_base(
       UserError: no such run, or one that has no checkpoint with these parameters.
     """
     wanted = identity["parameter_hash"]
-    places = [Path(source or config.train.init_from)]
+    places = [local_copy(source or config.train.init_from)]
     places += [workdir.absolute().parent.parent] if workdir.absolute().parent.name == ADAPTERS else []
     found = []
     for place in places:
@@ -192,9 +193,9 @@ def adapter_folder(workdir: str | Path, name: str) -> Path:
     Raises:
       UserError: there is none of that name.
     """
-    folder = Path(workdir) / ADAPTERS / name
+    folder = local_copy(workdir) / ADAPTERS / name
     if not (folder / "config.json").is_file():
-        there = sorted(path.parent.name for path in (Path(workdir) / ADAPTERS).glob("*/config.json"))
+        there = sorted(path.parent.name for path in (local_copy(workdir) / ADAPTERS).glob("*/config.json"))
         way_out = did_you_mean(name, there) if there else f"There are none: {Path(workdir) / ADAPTERS} is empty."
         raise UserError(f"--adapter {name}: {workdir} has no adapter of that name. {way_out}")
     return folder
@@ -216,8 +217,8 @@ def prompt_tokens(adapter: AdapterConfig, tokenizer: Tokenizer) -> list[int]:
 
 def carry_origin(source: str, workdir: Path) -> None:
     """Copies what an export needs into a run that started from an imported one."""
-    if source and (Path(source) / ORIGIN).is_dir() and not (workdir / ORIGIN).exists():
-        shutil.copytree(Path(source) / ORIGIN, workdir / ORIGIN)
+    if source and (local_copy(source) / ORIGIN).is_dir() and not (workdir / ORIGIN).exists():
+        shutil.copytree(local_copy(source) / ORIGIN, workdir / ORIGIN)
 
 
 def _newest_run(source: Path) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from jaxllm.errors import UserError
 from jaxllm.model.actor_critic import without_critic
+from jaxllm.remote.copy import local_copy
 from jaxllm.train.checkpoint.checkpoints import Checkpoints
 from jaxllm.train.config import Config, read_config
 from jaxllm.train.initial import Base, newest_identity
@@ -22,7 +22,7 @@ def check_initial_adapter(config: Config) -> None:
     Raises:
       UserError: no run there, no adapter, another one (by field), or one for other parameters than the base's.
     """
-    source = Path(config.adapter.init_from)
+    source = local_copy(config.adapter.init_from)
     with Checkpoints(source / "checkpoints") as checkpoints:
         stored = checkpoints.newest_run()
     if stored is None:
@@ -41,7 +41,7 @@ def check_initial_adapter(config: Config) -> None:
             f"config.adapter.init_from={source} is another adapter. --config.adapter={source} takes it as it is:\n  "
             + "\n  ".join(lines)
         )
-    _check_base(stored, config, newest_identity(Path(config.train.init_from))["parameter_hash"])
+    _check_base(stored, config, newest_identity(local_copy(config.train.init_from))["parameter_hash"])
 
 
 def restore_initial_adapter(
@@ -61,7 +61,7 @@ def restore_initial_adapter(
       UserError: an adapter for other parameters than those of `base`, or none with these parameters any more.
     """
     source = config.adapter.init_from
-    with Checkpoints(Path(source) / "checkpoints", say=say) as checkpoints:
+    with Checkpoints(local_copy(source) / "checkpoints", say=say) as checkpoints:
         wanted = None if identity is None else checkpoints.step_with(identity["parameter_hash"])
         if identity is not None and wanted is None:
             raise UserError(

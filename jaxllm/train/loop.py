@@ -15,6 +15,7 @@ import jax
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import DONE, PREEMPTED, STOPPED, UserError
 from jaxllm.layout.mesh import in_order
+from jaxllm.remote.copy import fresh_copy, pushed_now_and_then
 from jaxllm.train.checkpoint.interval import advice
 from jaxllm.train.checkpoint.saver import Saver
 from jaxllm.train.config import Config, config_dict
@@ -43,7 +44,7 @@ def train(
     open_source: OpenSource = DatasetSource,
     expects: Expects | None = None,
 ) -> int:
-    """Trains a model in `workdir`, or goes on from its newest checkpoint that can be read.
+    """Trains a model in `workdir`, a folder or an address, or goes on from its newest checkpoint that can be read.
 
     Args:
       devices: default all.
@@ -58,12 +59,14 @@ def train(
     Raises:
       UserError: a mistake in config, data or workdir, or a disk that stayed full.
     """
-    workdir = Path(workdir)
+    workdir = fresh_copy(workdir)
     how = {"devices": devices, "quiet": quiet, "open_source": open_source, "expects": expects}
     report = ProgressReport(quiet=quiet or jax.process_index() > 0)
     events = Events(workdir, report.say)
     # How it fails is written first: what the stack closes may wait for processes that are gone.
     with contextlib.ExitStack() as stack, events.failures_written(), _full_disk_is_told(workdir):
+        if jax.process_index() == 0:
+            stack.enter_context(pushed_now_and_then(workdir))
         stack.callback(report.close)
         stack.callback(events.close)
         return Run(prepare(config, workdir, stack, report=report, events=events, **how)).go()

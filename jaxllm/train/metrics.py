@@ -11,6 +11,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from jaxllm.remote.place import with_addresses
 from jaxllm.train.watch.sinks import JsonLines, Sink, TensorBoard, WeightsAndBiases
 
 # What is not the same in every repetition of a run.
@@ -123,7 +124,7 @@ class ProgressReport:
 
     def say(self, text: str) -> None:
         """Prints a text, above the bar where there is one."""
-        self._console.print(text, markup=False)
+        self._console.print(with_addresses(text), markup=False)
 
     def step(self, step: int) -> None:
         """Moves the bar."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer
@@ -12,6 +11,7 @@ from jaxllm.layout.scope import like
 from jaxllm.model.actor_critic import ActorCritic
 from jaxllm.model.config import differing
 from jaxllm.model.spec import ModelSpec, model_spec
+from jaxllm.remote.copy import local_copy
 from jaxllm.train.checkpoint.checkpoints import Checkpoints
 from jaxllm.train.config import Config, read_config
 from jaxllm.train.initial import newest_identity
@@ -34,7 +34,7 @@ def check_scorer(field: str, workdir: str, tokenizer: Tokenizer) -> Config:
     Raises:
       UserError: no run, one without a scalar head, or with another tokenizer.
     """
-    with Checkpoints(Path(workdir) / "checkpoints") as checkpoints:
+    with Checkpoints(local_copy(workdir) / "checkpoints") as checkpoints:
         stored = checkpoints.newest_run()
     if stored is None:
         raise UserError(f"config.{field}={workdir}: there is no checkpoint in it.")
@@ -44,7 +44,7 @@ def check_scorer(field: str, workdir: str, tokenizer: Tokenizer) -> Config:
             f"config.{field}={workdir} is a run of train_step={config.train_step}, which gives texts no score. "
             "Give one of train_step=reward (configs/reward.py)."
         )
-    folder = Path(workdir) / "tokenizer"
+    folder = local_copy(workdir) / "tokenizer"
     if load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"config.{field}={workdir} was trained with another tokenizer than config.data.tokenizer. A model that "
@@ -55,7 +55,7 @@ def check_scorer(field: str, workdir: str, tokenizer: Tokenizer) -> Config:
 
 def restore_scorer(workdir: str, layout: Layout, tokenizer: Tokenizer, say: Callable[[str], None]) -> Scorer:
     """The newest parameters of the run in `workdir`, which `check_scorer` has found good, under `layout`."""
-    with Checkpoints(Path(workdir) / "checkpoints", say=say) as checkpoints:
+    with Checkpoints(local_copy(workdir) / "checkpoints", say=say) as checkpoints:
         stored = checkpoints.newest_run()
         assert stored is not None, "check_scorer found a checkpoint"
         config = read_config(stored["config"])
@@ -88,9 +88,9 @@ def check_critic(config: Config, spec: ModelSpec, tokenizer: Tokenizer) -> None:
             "Leave it empty: then the critic starts as the actor does."
         )
     if spec.is_adapted:
-        with Checkpoints(Path(source) / "checkpoints") as checkpoints:
+        with Checkpoints(local_copy(source) / "checkpoints") as checkpoints:
             wanted = (checkpoints.newest_run() or {})["base"]["parameter_hash"]
-        if wanted != newest_identity(Path(config.train.init_from))["parameter_hash"]:
+        if wanted != newest_identity(local_copy(config.train.init_from))["parameter_hash"]:
             raise UserError(
                 f"config.ppo.critic_init_from={source} is an adapter for the parameters with hash {wanted}, which are "
                 f"not those of config.train.init_from={config.train.init_from}. An adapter fits no other model."

@@ -27,6 +27,7 @@ from jaxllm.report.run import read_run
 from jaxllm.train import loop
 from jaxllm.train.checkpoint.files import damage_of, list_files
 from jaxllm.train.checkpoint.interval import advice, best_interval, failure_seconds
+from jaxllm.train.checkpoint.places import OnDisk
 from jaxllm.train.metrics import read_metrics
 from jaxllm.train.source import DatasetSource
 from jaxllm.train.watch.audit import Audit
@@ -226,17 +227,18 @@ def _torn(write, file, data):
 
 
 def test_files_are_listed_and_held_against_the_list(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "x").write_bytes(b"1234")
-    assert damage_of(tmp_path) is None
-    list_files(tmp_path)
-    assert damage_of(tmp_path) is None
-    (tmp_path / "a" / "x").write_bytes(b"1235")
-    assert "another checksum" in damage_of(tmp_path)
-    (tmp_path / "a" / "x").write_bytes(b"12")
-    assert "2 bytes, not the 4" in damage_of(tmp_path)
-    (tmp_path / "a" / "x").unlink()
-    assert "a/x is missing" in damage_of(tmp_path)
+    place, file = OnDisk(tmp_path), tmp_path / "7" / "a" / "x"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"1234")
+    assert damage_of(place, 7) is None
+    list_files(place, 7)
+    assert damage_of(place, 7) is None
+    file.write_bytes(b"1235")
+    assert "another checksum" in damage_of(place, 7)
+    file.write_bytes(b"12")
+    assert "2 bytes, not the 4" in damage_of(place, 7)
+    file.unlink()
+    assert "a/x is missing" in damage_of(place, 7)
 
 
 def test_metrics_tell_of_waiting_and_weights_and_biases_gets_them_if_asked(text, tmp_path, monkeypatch):

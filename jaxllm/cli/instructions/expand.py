@@ -13,6 +13,7 @@ from jaxllm.cli import workdir
 from jaxllm.cli.flags import Parser
 from jaxllm.cli.generate import add_sampling_flags
 from jaxllm.errors import UserError
+from jaxllm.remote.storage import refuse_remote
 
 if TYPE_CHECKING:
     from jaxllm.data.instructions.tasks import Task
@@ -73,6 +74,7 @@ def _parser() -> Parser:
 def _check(options: argparse.Namespace) -> None:
     if not options.out or not options.out.endswith(".jsonl"):
         raise UserError(f"--out {options.out or ''}: say where to write the tasks, a file whose name ends in .jsonl.")
+    refuse_remote(options.out, "--out")
     for name in ("count", "batch_size", "patience"):
         if (value := getattr(options, name)) < 1:
             raise UserError(f"--{name}={value} must be 1 or more.")

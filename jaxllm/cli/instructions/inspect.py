@@ -6,12 +6,12 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from itertools import cycle, islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxllm.cli.config_file import load_config, merge, override
 from jaxllm.cli.flags import Parser
 from jaxllm.errors import UserError
+from jaxllm.remote.copy import local_copy
 
 if TYPE_CHECKING:
     from jaxllm.data.batch import BatchKind
@@ -93,7 +93,7 @@ def _data_config(options: Namespace, overrides: Mapping[str, str]) -> "DataConfi
         from jaxllm.generate.run import read_run_config
 
         stored = config_dict(read_run_config(options.workdir))
-        stored["data"] |= {"tokenizer": str(Path(options.workdir) / "tokenizer"), "chat_template": ""}
+        stored["data"] |= {"tokenizer": str(local_copy(options.workdir) / "tokenizer"), "chat_template": ""}
         config = read_config(override(merge(stored), overrides)).data
     else:
         base = base_config()

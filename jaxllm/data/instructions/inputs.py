@@ -58,7 +58,7 @@ def read_input(given: Input) -> Iterator[Record]:
 
 def _input(part: str) -> Input:
     path, weight = part, None
-    if not os.path.exists(part) and ":" in part:
+    if not os.path.exists(part) and ":" in part.partition("://")[2 if "://" in part else 0]:
         path, _, number = part.rpartition(":")
         weight = _weight(number, path)
     found = find_files(path, SUFFIXES, "files of examples")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxllm.errors import UserError
+from jaxllm.remote.storage import refuse_remote
 
 
 @contextlib.contextmanager
@@ -22,6 +23,7 @@ def whole_or_nothing(target: Path, flag: str = "--to") -> Iterator[Path]:
     Raises:
       UserError: `target` exists, or its place cannot be written.
     """
+    refuse_remote(str(target), flag)
     if target.exists() or target.is_symlink():
         raise UserError(f"{flag} {target} exists. Give a new folder, or remove it first.")
     partial = target.parent / f".{target.name}.partial-{os.getpid()}"

@@ -1,6 +1,6 @@
-"""Checkpoints of a run: WORKDIR/checkpoints/STEP, written by Orbax in the background and committed by one rename.
+"""Checkpoints of a run: WORKDIR/checkpoints/STEP, on a disk or in a bucket, written by Orbax in the background.
 
-A folder with a number for a name is a whole checkpoint; whatever was cut short has another name. It holds four items:
+One is whole or not there, also after a kill in the middle of a save (train/checkpoint/places.py). It holds four items:
 `params` and `state` (the rest of the train state) as arrays, `data` (the state of the data iterator) and `run` (config,
 versions, metrics, hashes) as JSON; where the model itself writes what it learns from, that is in `batches`. The arrays
 have one canonical form, so any layout restores what any other wrote. Whether it can be saved, and what can be restored,
@@ -11,30 +11,28 @@ import contextlib
 import errno
 import importlib.metadata
 import math
-import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.experimental import multihost_utils
 
-from jaxllm.errors import UserError
+from jaxllm.errors import Lost, UserError
 from jaxllm.layout.scope import like
 from jaxllm.model.actor_critic import CRITIC, without_critic
-from jaxllm.train.checkpoint.errors import first_line, hush_orbax, tells_damage, write_failure
+from jaxllm.train.checkpoint.errors import first_line, hush_orbax, out_of_reach, tells_damage, write_failure
 from jaxllm.train.checkpoint.files import damage_of, list_files
 from jaxllm.train.checkpoint.items import at_path, check_same_arrays, handlers, nested, paths_of, rest_of
+from jaxllm.train.checkpoint.places import place_of
 from jaxllm.train.checkpoint.save import CalledOff, Save
 from jaxllm.train.checkpoint.tree_hash import tree_hash
 from jaxllm.train.state import Params, TrainState
 from jaxllm.train.watch.roll_call import any_process
 
-UNFINISHED = ".orbax-checkpoint-tmp"  # of one that Orbax is writing, or was when it was killed
-REMOVED = ".removed"  # suffix of a checkpoint on its way out
 DAMAGED = ".damaged"  # suffix of one that could not be read
 FORGOTTEN = ".rolled_back"  # suffix of one that the run went back behind
 VERSIONED = ("jax", "flax", "optax", "orbax-checkpoint")
@@ -58,7 +56,7 @@ class Checkpoints:
     """The checkpoints of one run. Every process of the run makes one and calls it in the same order.
 
     Args:
-      directory: WORKDIR/checkpoints; made where it is missing.
+      directory: WORKDIR/checkpoints, a folder or an address; made where it is missing.
       keep: how many of the newest to keep.
       keep_best: how many of those with the lowest eval_loss to keep besides.
       say: takes the messages about checkpoints that were skipped.
@@ -68,14 +66,15 @@ class Checkpoints:
 
     def __init__(
         self,
-        directory: Path,
+        directory: Path | str,
         keep: int = 2,
         keep_best: int = 1,
         say: Callable[[str], None] = print,
         bytes_in_flight: int = 96 * 10**9,
     ):
-        self.directory, self.keep, self.keep_best, self.say = Path(directory).absolute(), keep, keep_best, say
-        self._handler = handlers(bytes_in_flight)
+        self._place = place_of(Path(directory))
+        self.directory, self.keep, self.keep_best, self.say = self._place.path, keep, keep_best, say
+        self._handler = handlers(bytes_in_flight, self._place.commits_by)
         hush_orbax()
         self._save: Save | None = None
         self._saves = 0
@@ -90,9 +89,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of the committed checkpoints, ascending."""
-        if not self.directory.is_dir():
-            return []
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
+        return self._place.steps()
 
     def save(
         self,
@@ -188,7 +185,7 @@ class Checkpoints:
         try:
             save.wait()
         except Exception as error:
-            self._remove_unfinished(save.folder)
+            self._remove_unfinished(int(save.folder.name))
             raise self._failure(save.folder.name, error) from error
         finally:
             save.close()
@@ -202,10 +199,16 @@ class Checkpoints:
             self._removal.join()
 
     def clean_up(self) -> None:
-        """Removes what an interrupted save or removal left behind. Only for the run that writes here."""
-        if jax.process_index() == 0 and self.directory.is_dir():
-            for path in [*self.directory.glob(f"*{UNFINISHED}*"), *self.directory.glob(f"*{REMOVED}")]:
-                shutil.rmtree(path, ignore_errors=True)
+        """Removes what an interrupted save or removal left behind. Only for the run that writes here.
+
+        Raises:
+          UserError: nothing can be removed there.
+        """
+        if jax.process_index() == 0:
+            try:
+                self._place.clean_up()
+            except OSError as error:
+                raise UserError(f"{self.directory} cannot be cleaned up: {first_line(error)}.") from error
         _barrier("clean_up")
 
     def forget_after(self, step: int) -> None:
@@ -217,7 +220,8 @@ class Checkpoints:
 
     def _start(self, step: int, items: Mapping[str, Any]) -> None:
         folder = self.directory / str(step)
-        self._save = Save(self._handler, folder, self._saves, finished=lambda: _list_if_possible(folder))
+        listed = lambda: self._list_if_possible(step)  # noqa: E731
+        self._save = Save(self._handler, folder, self._saves, listed, self._place.commits_by)
         self._saves += 1
         self._save.start(items)
         if jax.process_count() == 1 and self.save_failed:
@@ -225,23 +229,35 @@ class Checkpoints:
 
     def _refuse_without_room(self, step: int, state: TrainState) -> None:
         """Raises SaveFailed where there is no room for an eighth of the bytes: moments that are zero compress well."""
-        self.directory.mkdir(parents=True, exist_ok=True)
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves((state.own, rest_of(state)))) // 8
-        free = shutil.disk_usage(self.directory).free if jax.process_index() == 0 else needed
-        if any_process(free < needed):
-            raise self._failure(str(step), OSError(errno.ENOSPC, f"{free:,} bytes are free"))
+        failure: Exception | None = None
+        if jax.process_index() == 0:
+            try:
+                self._place.make_way(step)
+                if (free := self._place.free_bytes()) < needed:
+                    failure = OSError(errno.ENOSPC, f"{free:,} bytes are free")
+            except OSError as error:
+                failure = error
+        if any_process(failure is not None):
+            raise self._failure(str(step), failure or CalledOff("the first process could not write there"))
 
-    def _remove_unfinished(self, folder: Path) -> None:
-        if jax.process_index() == 0 and self.directory.is_dir():
-            for path in self.directory.glob(f"{folder.name}{UNFINISHED}*"):
-                shutil.rmtree(path, ignore_errors=True)
+    def _remove_unfinished(self, step: int) -> None:
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):
+                self._place.remove_unfinished(step)
+
+    def _list_if_possible(self, step: int) -> None:
+        with contextlib.suppress(OSError):
+            list_files(self._place, step)
 
     def _failure(self, step: str, error: Exception) -> Exception:
         """What to raise where a save failed: an error that is none of the disk's stays what it is."""
         reason = str(error) if isinstance(error, CalledOff) else write_failure(error)
         if reason is None:
             return error
-        whole = self.steps()
+        whole: list[int] = []
+        with contextlib.suppress(OSError):
+            whole = self.steps()
         way_out = f"The checkpoint of step {whole[-1]} is whole: free space" if whole else "Free space"
         return SaveFailed(
             f"The checkpoint of step {step} could not be written to {self.directory}: {reason}.\n"
@@ -333,16 +349,15 @@ class Checkpoints:
     def _whole(self, read: Callable[[int], "_Read"], step: int) -> tuple["_Read | None", str]:
         """A checkpoint, or None and what is wrong with it: in all processes, where it is wrong for one."""
         folder, found = self.directory / str(step), None
-        damage = damage_of(folder) if jax.process_index() == 0 else None
-        if not any_process(damage is not None):
-            try:
-                found = read(step)
-            except PermissionError as error:
-                raise UserError(f"The checkpoint {folder} may not be read: {error}.") from None
-            except Exception as error:
-                if not tells_damage(error):
-                    raise
-                damage = first_line(error)
+        with _no_damage_told(folder):
+            damage = damage_of(self._place, step) if jax.process_index() == 0 else None
+            if not any_process(damage is not None):
+                try:
+                    found = read(step)
+                except Exception as error:
+                    if isinstance(error, PermissionError) or out_of_reach(error) or not tells_damage(error):
+                        raise
+                    damage = first_line(error)
         if any_process(damage is not None):
             return None, damage or "as another process found"
         for what, tree, name in found.hashed:
@@ -353,10 +368,10 @@ class Checkpoints:
 
     def _read_json(self, step: int, item: str) -> dict[str, Any]:
         args = ocp.args.Composite(**{item: ocp.args.JsonRestore()})
-        return self._handler.restore(self._path(step), args=args)[item]
+        return self._handler.restore(self.directory / str(step), args=args)[item]
 
     def _read_arrays(self, run: dict[str, Any], step: int, item: str, abstract: Any) -> Any:
-        folder = self._path(step)
+        folder = self.directory / str(step)
         metadata = self._handler.metadata(folder).item_metadata[item]
         if metadata is None:
             raise FileNotFoundError(f"{folder / item} is missing or has no metadata")
@@ -367,26 +382,26 @@ class Checkpoints:
         # By the handler itself: Orbax's checkpointer would wait here for processes that could not read their part.
         return self._handler.restore(folder, args=args)[item]
 
-    def _path(self, step: int) -> epath.Path:
-        return epath.Path(self.directory / str(step))
-
     def _remove_old(self) -> None:
-        """Renames what is not kept, so that a number always names a whole one, and removes it in a thread."""
+        """Removes what is not kept, in a thread. What a storage does not let go now goes after the next save."""
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):
+                self._remove(self._not_kept())
+
+    def _not_kept(self) -> list[int]:
         steps = self.steps()
         kept = set(steps[-max(self.keep, 1) :])
         if self.keep_best and len(steps) > len(kept):
             by_loss = sorted(steps, key=self._eval_loss)
             kept |= {step for step in by_loss[: self.keep_best] if self._eval_loss(step) < math.inf}
-        old = [step for step in steps if step not in kept]
-        if jax.process_index() or not old:
+        return [step for step in steps if step not in kept]
+
+    def _remove(self, steps: list[int]) -> None:
+        if not steps:
             return
         if self._removal:
             self._removal.join()
-        renamed = [(self.directory / str(step)).rename(self.directory / f"{step}{REMOVED}") for step in old]
-        self._removal = threading.Thread(
-            target=lambda: [shutil.rmtree(path, ignore_errors=True) for path in renamed], name="checkpoint_removal"
-        )
-        self._removal.start()
+        self._removal = self._place.remove(steps)
 
     def _eval_loss(self, step: int) -> float:
         """That of a checkpoint, infinite where it was not measured, is not a number or cannot be read."""
@@ -398,9 +413,7 @@ class Checkpoints:
 
     def _set_aside(self, steps: list[int], suffix: str) -> None:
         for step in steps if jax.process_index() == 0 else []:
-            target = self.directory / f"{step}{suffix}"
-            shutil.rmtree(target, ignore_errors=True)
-            (self.directory / str(step)).rename(target)
+            self._place.set_aside(step, suffix)
         _barrier("set_aside")
 
 
@@ -412,9 +425,17 @@ class _Read(NamedTuple):
     value: Any
 
 
-def _list_if_possible(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        list_files(folder)
+@contextlib.contextmanager
+def _no_damage_told(folder: PathLike[str]) -> Iterator[None]:
+    """Failures to read a checkpoint that say nothing about what is in it."""
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(f"The checkpoint {folder} may not be read: {error}.") from None
+    except Exception as error:
+        if out_of_reach(error):
+            raise Lost(f"The checkpoint {folder} cannot be read now: {first_line(error)}") from error
+        raise
 
 
 def _versions() -> dict[str, str]:

@@ -4,25 +4,36 @@ import errno
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
+from jaxllm.remote.storage import of_storage
+
 # What TensorStore and object stores say of a storage that fails for a while.
-_STORAGE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "Input/output error", "Stale file handle")
+_OUT_OF_REACH = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED")
+_STORAGE = (*_OUT_OF_REACH, "Input/output error", "Stale file handle")
 
 
 def write_failure(error: BaseException) -> str | None:
     """Why the storage took no more, where that was the reason."""
-    seen: BaseException | None = error
-    while seen is not None:
+    for seen in _causes(error):
         number = getattr(seen, "errno", None)
         if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(seen):
             return "no space left on the disk"
         if number in (errno.EACCES, errno.EPERM, errno.EROFS):
             return f"the folder is not writable: {seen}"
-        if number is not None or isinstance(seen, TimeoutError) or any(word in str(seen) for word in _STORAGE):
+        words = any(word in str(seen) for word in _STORAGE)
+        if number is not None or isinstance(seen, TimeoutError) or words or of_storage(seen):
             return first_line(seen)
-        seen = seen.__cause__ or seen.__context__
     return None
+
+
+def out_of_reach(error: BaseException) -> bool:
+    """Whether reading failed for a storage that does not answer now: what is there may be whole."""
+    causes = list(_causes(error))
+    if any(isinstance(cause, FileNotFoundError) for cause in causes):
+        return False
+    return any(of_storage(cause) or any(word in str(cause) for word in _OUT_OF_REACH) for cause in causes)
 
 
 def tells_damage(error: Exception) -> bool:
@@ -56,6 +67,14 @@ def hush_orbax() -> None:
 def _is_news(record: logging.LogRecord) -> bool:
     of_orbax = "orbax" in record.pathname if record.name == "absl" else "orbax" in record.getMessage()
     return not of_orbax
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, and what led to it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
 
 
 def first_line(error: BaseException) -> str:

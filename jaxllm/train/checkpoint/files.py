@@ -6,40 +6,37 @@ hashes of its content as it is restored (train/checkpoint/tree_hash.py): those f
 
 import json
 import zlib
-from pathlib import Path
 
-FILES = "files.json"
+from jaxllm.train.checkpoint.places import FILES, Place
+
 SMALL = 2**20  # bytes
 
 
-def list_files(folder: Path) -> None:
+def list_files(place: Place, step: int) -> None:
     """Writes the list. A checkpoint that was whole before this, and never got its list, is one without a list."""
-    found = {str(path.relative_to(folder)): _described(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    new = folder / f"{FILES}.new"
-    new.write_text(json.dumps(found, indent=0), encoding="utf-8")
-    new.replace(folder / FILES)
+    sizes = place.sizes(step)
+    small = place.read(step, [name for name, size in sizes.items() if size <= SMALL])
+    found = {name: (size, zlib.crc32(small[name]) if name in small else None) for name, size in sizes.items()}
+    place.write(step, FILES, json.dumps(found, indent=0).encode())
 
 
-def damage_of(folder: Path) -> str | None:
+def damage_of(place: Place, step: int) -> str | None:
     """What is wrong with the files, where something is and the list tells."""
-    listed = folder / FILES
-    if not listed.is_file():
+    sizes = place.sizes(step)
+    if FILES not in sizes:
         return None
     try:
-        expected = {name: (int(size), crc) for name, (size, crc) in json.loads(listed.read_bytes()).items()}
+        listed = json.loads(place.read(step, [FILES])[FILES])
+        expected = {name: (int(size), crc) for name, (size, crc) in listed.items()}
     except (ValueError, TypeError, AttributeError) as error:
         return f"{FILES} cannot be read: {error}"
-    for name, (size, crc) in expected.items():
-        path = folder / name
-        if not path.is_file():
+    for name, (size, _) in expected.items():
+        if name not in sizes:
             return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size:,} bytes, not the {size:,} that were written"
-        if crc is not None and crc != zlib.crc32(path.read_bytes()):
+        if sizes[name] != size:
+            return f"{name} has {sizes[name]:,} bytes, not the {size:,} that were written"
+    checksums = {name: crc for name, (_, crc) in expected.items() if crc is not None}
+    for name, data in place.read(step, list(checksums)).items():
+        if zlib.crc32(data) != checksums[name]:
             return f"{name} has another checksum than when it was written"
     return None
-
-
-def _described(path: Path) -> tuple[int, int | None]:
-    size = path.stat().st_size
-    return size, zlib.crc32(path.read_bytes()) if size <= SMALL else None

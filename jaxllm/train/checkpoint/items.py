@@ -1,7 +1,7 @@
 """The items of a checkpoint: which arrays are in which, under what names, and whether they are those of a run."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 import jax
@@ -13,8 +13,12 @@ from jaxllm.model.actor_critic import CRITIC
 from jaxllm.train.state import TrainState
 
 
-def handlers(bytes_in_flight: int) -> ocp.CompositeCheckpointHandler:
-    """Orbax's, for the items of a checkpoint."""
+def handlers(bytes_in_flight: int, commits_by: type | None = None) -> ocp.CompositeCheckpointHandler:
+    """Orbax's, for the items of a checkpoint.
+
+    Args:
+      commits_by: as that of the checkpoint's place (jaxllm/train/checkpoint/places.py).
+    """
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for item in ("params", "state", "batches"):
         arrays = ocp.StandardCheckpointHandler(save_concurrent_gb=bytes_in_flight / 10**9)
@@ -24,7 +28,8 @@ def handlers(bytes_in_flight: int) -> ocp.CompositeCheckpointHandler:
         text = ocp.JsonCheckpointHandler()
         registry.add(item, ocp.args.JsonSave, text)
         registry.add(item, ocp.args.JsonRestore, text)
-    return ocp.CompositeCheckpointHandler(handler_registry=registry)
+    options = ocp.CompositeOptions(temporary_path_class=commits_by)
+    return ocp.CompositeCheckpointHandler(handler_registry=registry, composite_options=options)
 
 
 def rest_of(state: TrainState) -> dict[str, Any]:
@@ -58,7 +63,7 @@ def at_path(nested: Mapping[str, Any], path: str) -> Any:
     return nested
 
 
-def check_same_arrays(folder: Path, item: str, abstract: Any, saved: Any, num_layers: int | None) -> None:
+def check_same_arrays(folder: PathLike[str], item: str, abstract: Any, saved: Any, num_layers: int | None) -> None:
     """Refuses a checkpoint whose arrays have other paths, shapes or types, naming the first few.
 
     Args:

@@ -8,11 +8,11 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from jaxllm.train.watch.roll_call import any_process
 
@@ -30,10 +30,16 @@ class Save:
     Args:
       number: of saves before it in this run.
       finished: called in the first process once the checkpoint is whole, in the background.
+      commits_by: as that of the checkpoint's place (jaxllm/train/checkpoint/places.py).
     """
 
     def __init__(
-        self, handler: ocp.CompositeCheckpointHandler, folder: Path, number: int, finished: Callable[[], None]
+        self,
+        handler: ocp.CompositeCheckpointHandler,
+        folder: epath.Path,
+        number: int,
+        finished: Callable[[], None],
+        commits_by: type | None = None,
     ):
         self.folder, self._number, self.seconds = folder, number, 0.0
         self._finished, self._begun = finished, time.monotonic()
@@ -47,7 +53,9 @@ class Save:
         )
         # Orbax would write a part in a thread of which no error is heard.
         metadata = ocp.metadata.metadata_store(enable_write=True, blocking_write=True)
-        self._orbax = ocp.AsyncCheckpointer(handler, async_options=options, checkpoint_metadata_store=metadata)
+        self._orbax = ocp.AsyncCheckpointer(
+            handler, async_options=options, checkpoint_metadata_store=metadata, temporary_path_class=commits_by
+        )
         self._thread: threading.Thread | None = None
 
     def start(self, items: Mapping[str, Any]) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 import jax
 
 from jaxllm.errors import UserError
+from jaxllm.remote.copy import push
+from jaxllm.remote.place import with_addresses
 from jaxllm.train.watch.sinks import JsonLines
 
 Value = float | int | str
@@ -33,6 +35,7 @@ class Events:
 
     def tell(self, event: str, step: int, message: str = "", **figures: Value) -> None:
         """Writes an event, and says its message."""
+        message = with_addresses(message)
         if message:
             self.say(message)
         self.note(event, step, message, **figures)
@@ -76,6 +79,8 @@ class Events:
                 lines.sync()
             finally:
                 lines.close()
+            if jax.process_index() == 0:
+                push(self._path.parent)
 
     def close(self) -> None:
         """Closes the file."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxllm.remote.copy import push
 from jaxllm.train.checkpoint.checkpoints import SaveFailed
 from jaxllm.train.checkpoint.errors import write_failure
 from jaxllm.train.flops import flops_per_token, peak_flops
@@ -162,11 +163,12 @@ class Monitor:
             self._report.logged(record, record["seconds_per_step"])
 
     def sync(self) -> None:
-        """Puts everything logged on disk. Raises SaveFailed, in all processes, where that fails."""
+        """Puts everything logged on disk, or into the bucket. Raises SaveFailed, in all processes, where that fails."""
         failure = None
         try:
             if self._writer:
                 self._writer.sync()
+                push(self._workdir)
         except OSError as error:
             failure = write_failure(error)
         if any_process(failure is not None):

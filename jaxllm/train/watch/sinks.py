@@ -13,6 +13,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.summary import scalar
 
 from jaxllm.errors import UserError
+from jaxllm.remote.place import with_addresses
 
 Value = float | int | str
 
@@ -110,7 +111,7 @@ class WeightsAndBiases:
             raise UserError(
                 f"config.train.wandb_project={project} needs the wandb package: pip install wandb, or set it to ''."
             ) from None
-        identity = f"{workdir.name}-{zlib.crc32(str(workdir.absolute()).encode()):08x}"
+        identity = f"{workdir.name}-{zlib.crc32(with_addresses(str(workdir.absolute())).encode()):08x}"
         self._run: Any = wandb.init(project=project, name=workdir.name, id=identity, resume="allow", dir=str(workdir))
 
     def write(self, record: Mapping[str, Value | None]) -> None:

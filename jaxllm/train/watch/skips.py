@@ -4,12 +4,15 @@ A run that rolled back leaves out the data that led to a spike. Should it be int
 must leave out the same.
 """
 
+import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from jaxllm.remote.copy import push
 
 MAX_ROLLBACKS = 3  # to one checkpoint
 
@@ -39,3 +42,5 @@ class Skips:
                 file.flush()
                 os.fsync(file.fileno())
             new.replace(self._path)
+            with contextlib.suppress(OSError):  # then it is brought a minute later
+                push(self._path.parent)
