@@ -2,8 +2,8 @@
 
 On a disk a checkpoint is written beside its place and renamed when it is whole, so a number for a name says that it is.
 An object store renames nothing: there it is written in its place, and whole once it holds `commit_success.txt`, which
-Orbax writes last. What is to go loses that first. One that was copied from a disk has none, but a list of its files, which
-tells whether all came along (train/checkpoint/files.py).
+Orbax writes last. What is to go loses that first. One that was copied from a disk has none, but a list of its files,
+which tells whether all came along (train/checkpoint/files.py).
 """
 
 import contextlib
