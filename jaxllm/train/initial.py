@@ -178,9 +178,8 @@ def restore_base(
             if step is not None:
                 restored = checkpoints.restore_params(abstract, step)
                 assert restored is not None
-                say(
-                    f"the base: {with_addresses(str(place))}, step {step}, parameter hash {wanted} as when the run began"
-                )
+                named = with_addresses(str(place))
+                say(f"the base: {named}, step {step}, parameter hash {wanted} as when the run began")
                 return Base(restored[1], step, wanted)
     where = " or ".join(map(str, places))
     has = f"only of step {', '.join(map(str, found))}, with others" if found else "there is no checkpoint at all"
