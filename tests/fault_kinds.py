@@ -98,8 +98,9 @@ class CheckpointSpoiled(Fault):
         step = self.draw.randint(2 * EVERY + 1, LAST_STEP)
         run.at_step(step)
         folder = self.workdir / "checkpoints"
+        run.wait_for(lambda: len(_committed(folder)) > 1)  # one that is damaged and alone stops a run
         run.signal(signal.SIGSTOP)
-        newest = max((int(p.name) for p in folder.iterdir() if p.name.isdecimal()), default=None)
+        newest = max(_committed(folder))
         files = sorted(p for p in (folder / str(newest)).rglob("*") if p.is_file() and p.stat().st_size)
         file = self.draw.choice(files)
         spoil(file, self._how, self.draw)
@@ -194,6 +195,10 @@ class BatchPoisoned(Fault):
         first, after = skip["step"] * ROWS, skip["data"]["rows"]
         assert first <= self._row < after <= first + (EVERY + 2) * ROWS, skip
         return self.runs.clean(f"without_{first}_{after}", POISONED_LEFT_OUT=f"{first}-{after}")
+
+
+def _committed(folder: Path) -> list[int]:
+    return [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
 
 
 def spoil(file: Path, how: str, draw: random.Random) -> None:

@@ -25,7 +25,7 @@ def parse_tokenizer(spec: str, name: str = "config.data.tokenizer") -> tuple[str
       UserError: an unknown kind or a size that is no positive number.
     """
     kind, colon, size = spec.partition(":")
-    if not colon or "/" in kind:
+    if not colon or "/" in kind or size.startswith("//"):
         return None
     one_of(f"{name} kind", kind, KINDS)
     if not size.isdecimal() or int(size) == 0:

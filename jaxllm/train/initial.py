@@ -12,6 +12,7 @@ from jaxllm.model.adapter_config import AdapterConfig
 from jaxllm.model.config import ModelConfig, differing
 from jaxllm.model.spec import ModelSpec
 from jaxllm.remote.copy import local_copy
+from jaxllm.remote.place import with_addresses
 from jaxllm.train.checkpoint.checkpoints import Checkpoints
 from jaxllm.train.config import Config, read_config
 from jaxllm.train.state import Params
@@ -177,7 +178,8 @@ def restore_base(
             if step is not None:
                 restored = checkpoints.restore_params(abstract, step)
                 assert restored is not None
-                say(f"the base: {place}, step {step}, parameter hash {wanted} as when the run began")
+                named = with_addresses(str(place))
+                say(f"the base: {named}, step {step}, parameter hash {wanted} as when the run began")
                 return Base(restored[1], step, wanted)
     where = " or ".join(map(str, places))
     has = f"only of step {', '.join(map(str, found))}, with others" if found else "there is no checkpoint at all"

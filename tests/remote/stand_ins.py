@@ -1,10 +1,13 @@
 """Object stores on this machine: moto for s3://, gcp-storage-emulator for gs://.
 
 The emulator lacks what TensorStore's gs driver asks of a store (version 2026.7.19): it names no generation of what is
-read, so TensorStore ends with "Malformed StorageGeneration", and takes no preconditions. Both are added here.
+read, so TensorStore ends with "Malformed StorageGeneration", and takes no preconditions. Both are added here. And what
+gcsfs uploads in parts it reads as an e-mail, which changes bytes: here they stay.
 """
 
 import http.server
+import json
+import logging
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +23,7 @@ def s3() -> Iterator[Mapping[str, str]]:
     import boto3
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # not a line a request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -50,7 +54,9 @@ def gs() -> Iterator[Mapping[str, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    emulator._read_data = _reads_parts(emulator._read_data, emulator._read_raw_data)
     http.server.HTTPServer.request_queue_size = 128  # TensorStore opens many connections at once; one refused waits 1 s
+    http.server.HTTPServer.handle_error = lambda *_: None  # a client that hangs up before it has all of an answer
     server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET)
     server.start()
     try:
@@ -89,6 +95,23 @@ def _writes(handler: Handler) -> Handler:
         handler(request, response, storage)
 
     return write
+
+
+def _reads_parts(read_data: Callable[[Any, Any], Any], read_raw: Callable[[Any], bytes]) -> Callable[[Any, Any], Any]:
+    def read(handler: Any, query: Any) -> Any:
+        kind, _, boundary = handler.headers.get("Content-Type", "").partition("boundary=")
+        if not kind.startswith("multipart/related"):
+            return read_data(handler, query)
+        line = b"\n--" + boundary.strip("\"' ").encode()
+        parts = (b"\n" + read_raw(handler)).split(line)[1:-1]
+        (_, meta), (header, content) = (part.split(b"\n\n", 1) for part in parts)
+        return {
+            "meta": json.loads(meta),
+            "content": content,
+            "content-type": header.partition(b"Content-Type:")[2].strip().decode(),
+        }
+
+    return read
 
 
 def _generation(storage: Any, bucket: str, name: str) -> str | None:
