@@ -96,8 +96,11 @@ def _trained(
                 train_tokenizer(passages, kind=algorithm, vocab_size=vocab_size, specials=specials).save(folder)
             except UserError as error:
                 raise UserError(f"config.data.tokenizer={config.tokenizer}: {error}") from error
+            shards.seal(folder)
 
-    return shards.cached(cache, f"tokenizer-{key}", train)
+    folder = shards.cached(cache, f"tokenizer-{key}", train)
+    shards.check_sealed(folder)
+    return folder
 
 
 def nothing_to_train_on(config: DataConfig) -> UserError:

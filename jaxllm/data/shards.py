@@ -40,6 +40,7 @@ RECORD = 8192  # tokens: what one random read costs
 SHARD = 1 << 28  # tokens a file
 BATCH = 1 << 22  # characters tokenised at once, by all threads
 INDEX, DOCUMENTS, SUPERVISED, MARGINS = "index.json", "documents.npy", "supervised.npy", "margins.npy"
+SEAL = "checksums.json"  # of a folder that has no index
 SPLITS = ("train", "held_out")
 
 
@@ -144,6 +145,27 @@ def _check_file(file: Path, size: int, checksum: int | None) -> None:
         damage = "its checksum is another"
     if damage:
         raise UserError(f"{file}: this part of the token cache is damaged: {damage}. {_remedy(file.parent)}")
+
+
+def seal(folder: Path) -> None:
+    """Writes down the checksums of the files in a folder of the cache."""
+    (folder / SEAL).write_text(json.dumps({file.name: _checksum(file) for file in sorted(folder.iterdir())}))
+
+
+def check_sealed(folder: Path) -> None:
+    """Raises a UserError where a file of a sealed folder is gone or changed."""
+    try:
+        sealed = dict(json.loads((folder / SEAL).read_text()))
+        changed = [name for name, checksum in sealed.items() if _checksum(folder / name) != checksum]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{folder}: this part of the token cache cannot be read: {error}. Delete it and it is made anew."
+        ) from error
+    if changed:
+        raise UserError(
+            f"{folder / changed[0]}: this part of the token cache is damaged: its checksum is another. "
+            f"Delete the folder {folder} and it is made anew."
+        )
 
 
 def _remedy(folder: Path) -> str:

@@ -99,6 +99,22 @@ def test_no_bit_changes_without_a_word(folder, name):
     assert refused >= (1 if name.endswith("record") else 30)
 
 
+def test_a_sealed_folder_is_whole_or_refused(tmp_path):
+    (tmp_path / "a").write_text("whole")
+    (tmp_path / "b").write_text("more")
+    shards.seal(tmp_path)
+    shards.check_sealed(tmp_path)
+    for name, content in (("a", "whale"), ("b", ""), (shards.SEAL, "{"), (shards.SEAL, "[1]")):
+        before = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=r"token cache.*Delete"):
+            shards.check_sealed(tmp_path)
+        (tmp_path / name).write_text(before)
+    (tmp_path / "b").unlink()
+    with pytest.raises(UserError, match=r"token cache.*Delete"):
+        shards.check_sealed(tmp_path)
+
+
 def test_cached_is_made_once(tmp_path):
     made = []
 
