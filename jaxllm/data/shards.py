@@ -40,6 +40,7 @@ RECORD = 8192  # tokens: what one random read costs
 SHARD = 1 << 28  # tokens a file
 BATCH = 1 << 22  # characters tokenised at once, by all threads
 INDEX, DOCUMENTS, SUPERVISED, MARGINS = "index.json", "documents.npy", "supervised.npy", "margins.npy"
+MAPPED_FROM = 1 << 28  # bytes of an array
 SEAL = "checksums.json"  # of a folder that has no index
 SPLITS = ("train", "held_out")
 
@@ -76,15 +77,15 @@ class TokenStream:
     def __init__(self, folder: Path):
         """Opens the stream in `folder`. UserError where a file of it is missing or cut off."""
         self.index = _read_index(folder)
-        self.document_starts: Int[np.ndarray, " documents+1"] = _mapped(folder / DOCUMENTS)
+        self.document_starts: Int[np.ndarray, " documents+1"] = _loaded(folder / DOCUMENTS)
         # Ranges of tokens, in order; None where all are learned.
         self.supervised: Int[np.ndarray, "ranges 2"] | None = None
         if SUPERVISED in self.index.files:
-            self.supervised = _mapped(folder / SUPERVISED)
+            self.supervised = _loaded(folder / SUPERVISED)
         # Of each document, where any has one: by how much it is better than the next one.
         self.margins: Float[np.ndarray, " documents"] | None = None
         if MARGINS in self.index.files:
-            self.margins = _mapped(folder / MARGINS)
+            self.margins = _loaded(folder / MARGINS)
         shards = [str(folder / name) for name in sorted(self.index.files) if not name.endswith(".npy")]
         self._records, self._folder = grain.sources.ArrayRecordDataSource(shards), folder
 
@@ -119,8 +120,10 @@ class TokenStream:
         return learned
 
 
-def _mapped(file: Path) -> np.ndarray:
-    return np.load(file, mmap_mode="r", allow_pickle=False)
+def _loaded(file: Path) -> np.ndarray:
+    """In memory, so that nothing that happens to the file later changes a run; a very large one is mapped."""
+    mode = "r" if file.stat().st_size > MAPPED_FROM else None
+    return np.load(file, mmap_mode=mode, allow_pickle=False)
 
 
 def _read_index(folder: Path) -> StreamIndex:

@@ -77,6 +77,13 @@ def test_damaged_cache(folder, name):
         shards.TokenStream(folder / "train")
 
 
+def test_what_is_open_does_not_change_with_its_files(folder):
+    stream = shards.TokenStream(folder / "train")
+    starts = stream.document_starts.copy()
+    os.truncate(folder / "train" / shards.DOCUMENTS, 10)
+    assert np.array_equal(stream.document_starts, starts)
+
+
 @pytest.mark.parametrize("name", ["tokens-00000.arrayrecord", shards.DOCUMENTS, shards.INDEX])
 def test_no_bit_changes_without_a_word(folder, name):
     """Some bits of a file mean nothing (padding, spaces): then what is read is what was written."""
