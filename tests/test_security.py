@@ -221,11 +221,11 @@ def test_columns_of_pickles_are_bytes(marker, tmp_path):
 
 
 def test_an_array_of_pickles_is_not_loaded(marker, tmp_path):
-    from jaxllm.data.shards import _mapped
+    from jaxllm.data.shards import _loaded
 
     np.save(tmp_path / "a.npy", np.array([Creates(marker)], object), allow_pickle=True)
     with pytest.raises(ValueError):
-        _mapped(tmp_path / "a.npy")
+        _loaded(tmp_path / "a.npy")
 
 
 @pytest.fixture
