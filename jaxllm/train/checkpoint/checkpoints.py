@@ -28,6 +28,7 @@ from jaxllm.train.checkpoint.errors import first_line, hush_orbax, out_of_reach,
 from jaxllm.train.checkpoint.files import damage_of, list_files
 from jaxllm.train.checkpoint.items import at_path, check_same_arrays, handlers, nested, paths_of, rest_of
 from jaxllm.train.checkpoint.places import place_of
+from jaxllm.train.checkpoint.read_once import chunks_kept
 from jaxllm.train.checkpoint.save import CalledOff, Save
 from jaxllm.train.checkpoint.tree_hash import tree_hash
 from jaxllm.train.state import Params, TrainState
@@ -380,7 +381,8 @@ class Checkpoints:
         # Not strict: where layers were made up to a multiple of the stages (layout/at_rest.py), here or there.
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract, strict=False)})
         # By the handler itself: Orbax's checkpointer would wait here for processes that could not read their part.
-        return self._handler.restore(folder, args=args)[item]
+        with chunks_kept():
+            return self._handler.restore(folder, args=args)[item]
 
     def _remove_old(self) -> None:
         """Removes what is not kept, in a thread. What a storage does not let go now goes after the next save."""
