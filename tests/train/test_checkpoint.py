@@ -79,15 +79,18 @@ def test_restores_into_any_layout(tmp_path, shape):
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="what a process reads is counted on Linux alone")
 def test_another_layout_reads_each_byte_once(tmp_path):
     """Rows were saved by eight devices; now each needs a part of every one of them."""
-    state = place(make_state(width=2**18), 8, 1)
+    state = place(make_state(width=2**20), 8, 1)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state, {}, {}, {})
-    target = abstract(place(make_state(width=2**18), 1, 8))
+    target = abstract(place(make_state(width=2**20), 1, 8))
     Checkpoints(tmp_path).restore(target)  # reads Python's modules too
     size = sum(path.stat().st_size for path in (tmp_path / "1").rglob("*") if path.is_file())
-    before = bytes_read()
-    Checkpoints(tmp_path).restore(target)
-    assert size > 8e6 and 0.9 < (bytes_read() - before) / size < 1.1
+    read = []
+    for _ in range(3):  # without the cache some are lucky
+        before = bytes_read()
+        Checkpoints(tmp_path).restore(target)
+        read.append(bytes_read() - before)
+    assert size > 3e7 and 0.9 < max(read) / size < 1.1, read
 
 
 def bytes_read():
