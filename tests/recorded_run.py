@@ -41,7 +41,8 @@ def record(kind: type, workdir: Path) -> None:
 if __name__ == "__main__":
     train = loop.train
 
-    def train_recorded(config: Any, workdir: Path, **how: Any) -> int:
+    def train_recorded(config: Any, given: str, **how: Any) -> int:
+        workdir = Path(given)
         workdir.mkdir(parents=True, exist_ok=True)
         for kind in (Rows, EvaluationRows):
             record(kind, workdir)
