@@ -103,7 +103,7 @@ class TokenStream:
         except (RuntimeError, ValueError, OSError) as error:
             raise UserError(
                 f"{self._folder}: a record of the token cache cannot be read ({str(error)[:200]}). "
-                f"{_remedy(self._folder)}"
+                f"{_remedy(self._folder.parent)}"
             ) from error
         tokens = np.concatenate(records) if len(records) > 1 else records[0]
         return tokens[start - first * RECORD :][:length].astype(np.int32)
@@ -133,46 +133,43 @@ def _read_index(folder: Path) -> StreamIndex:
         if _seal(sealed["index"]) != sealed["checksum"]:
             raise ValueError("its checksum is another")
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder}: the token cache has no readable {INDEX}. {_remedy(folder)}") from error
+        raise UserError(f"{folder}: the token cache has no readable {INDEX}. {_remedy(folder.parent)}") from error
     for name, size in index.files.items():
-        _check_file(folder / name, size, index.checksums.get(name))
+        _check_file(folder / name, folder.parent, size, index.checksums.get(name))
     return index
 
 
-def _check_file(file: Path, size: int, checksum: int | None) -> None:
-    found = file.stat().st_size if file.exists() else None
-    if found is None:
-        raise UserError(f"{file}: this part of the token cache is missing. {_remedy(file.parent)}")
-    damage = f"{found} bytes instead of {size}" if found != size else ""
-    if not damage and checksum is not None and _checksum(file) != checksum:
-        damage = "its checksum is another"
-    if damage:
-        raise UserError(f"{file}: this part of the token cache is damaged: {damage}. {_remedy(file.parent)}")
-
-
 def seal(folder: Path) -> None:
-    """Writes down the checksums of the files in a folder of the cache."""
-    (folder / SEAL).write_text(json.dumps({file.name: _checksum(file) for file in sorted(folder.iterdir())}))
+    """Writes down sizes and checksums of the files in a folder of the cache."""
+    files = {file.name: (file.stat().st_size, _checksum(file)) for file in sorted(folder.iterdir())}
+    (folder / SEAL).write_text(json.dumps(files))
 
 
 def check_sealed(folder: Path) -> None:
     """Raises a UserError where a file of a sealed folder is gone or changed."""
     try:
-        sealed = dict(json.loads((folder / SEAL).read_text()))
-        changed = [name for name, checksum in sealed.items() if _checksum(folder / name) != checksum]
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{folder}: this part of the token cache cannot be read: {error}. Delete it and it is made anew."
-        ) from error
-    if changed:
-        raise UserError(
-            f"{folder / changed[0]}: this part of the token cache is damaged: its checksum is another. "
-            f"Delete the folder {folder} and it is made anew."
-        )
+        sealed = json.loads((folder / SEAL).read_text())
+        files = [(name, int(size), int(checksum)) for name, (size, checksum) in sealed.items()]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: the token cache has no readable {SEAL}. {_remedy(folder)}") from error
+    for name, size, checksum in files:
+        _check_file(folder / name, folder, size, checksum)
 
 
-def _remedy(folder: Path) -> str:
-    return f"Delete the folder {folder.parent} and it is made anew."
+def _check_file(file: Path, cached: Path, size: int, checksum: int | None) -> None:
+    """Refuses a file of the folder `cached` that is gone, or other than it was written."""
+    found = file.stat().st_size if file.exists() else None
+    if found is None:
+        raise UserError(f"{file}: this part of the token cache is missing. {_remedy(cached)}")
+    damage = f"{found} bytes instead of {size}" if found != size else ""
+    if not damage and checksum is not None and _checksum(file) != checksum:
+        damage = "its checksum is another"
+    if damage:
+        raise UserError(f"{file}: this part of the token cache is damaged: {damage}. {_remedy(cached)}")
+
+
+def _remedy(cached: Path) -> str:
+    return f"Delete the folder {cached} and it is made anew."
 
 
 def _seal(index: dict[str, Any]) -> int:
